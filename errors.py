@@ -1,0 +1,56 @@
+"""Errors a user can cause, each with one clear line: what was required, what came, the way out.
+
+    NvvlError
+      ConfigError        a config.json that is missing, incomplete or of another architecture
+      CheckpointError    tensors missing, unexpected, truncated, of wrong shape or dtype
+      RecipeError        a recipe that does not parse, or whose patterns match nothing
+      CalibrationError   a layer never reached, or an amax that is zero or not finite
+      DataError          an image, video, JSONL line or calibration set that cannot be used
+      OutputError        an output folder that exists, or a disk that is full
+      VerificationError  a written checkpoint that is not what it claims to be
+      HardwareError      a device, memory or compiler that the request needs and the machine lacks
+      EngineError        an ONNX graph or TensorRT engine that cannot be built or run
+
+The command line prints the message and exits with 2. Every other exception is a bug of nvvl's own
+and keeps its traceback.
+"""
+
+
+class NvvlError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(NvvlError):
+    """A config.json is missing, incomplete or describes another architecture."""
+
+
+class CheckpointError(NvvlError):
+    """A checkpoint's tensors are missing, unexpected, truncated or malformed."""
+
+
+class RecipeError(NvvlError):
+    """A recipe has an unknown key, an impossible value or a pattern that matches nothing."""
+
+
+class CalibrationError(NvvlError):
+    """Calibration left a layer without a usable amax."""
+
+
+class DataError(NvvlError):
+    """An input item, or a set of them, cannot be used."""
+
+
+class OutputError(NvvlError):
+    """The output cannot be written where it was asked for."""
+
+
+class VerificationError(NvvlError):
+    """A written checkpoint is not what it claims to be."""
+
+
+class HardwareError(NvvlError):
+    """The machine lacks what the request needs."""
+
+
+class EngineError(NvvlError):
+    """An ONNX graph or TensorRT engine cannot be built or run."""

@@ -1,0 +1,409 @@
+"""Typed reading of a released ``config.json``.
+
+The released layout keeps the language model under ``llm_config`` (vLLM and newer configs say
+``text_config``), RADIO under ``vision_config.args`` as a timm name plus overrides, and everything
+that joins the two at the top level. This file turns it into frozen dataclasses and refuses what is
+missing or contradictory; it never fills in a value that changes the numbers.
+
+What a config cannot say is taken from tensor shapes when a checkpoint is opened
+(`VLMConfig.from_folder`): the number of cls and register tokens and the size of the position
+table.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nvvl.errors import ConfigError
+
+ARCHITECTURE = "NemotronH_Nano_VL_V2"
+
+LayerKind = Literal["mamba", "mlp", "attention"]
+_PATTERN: dict[str, LayerKind] = {"M": "mamba", "-": "mlp", "*": "attention"}
+
+# (hidden size, layers, heads) of the timm names RADIO configs use; the MLP is 4x wide.
+_VIT_SIZES = {
+    "vit_small_patch16_224": (384, 12, 6),
+    "vit_base_patch16_224": (768, 12, 12),
+    "vit_large_patch16_224": (1024, 24, 16),
+    "vit_huge_patch16_224": (1280, 32, 16),
+}
+
+# config.json keys without a default: a wrong guess would change the model's answers.
+_TOP_KEYS = (
+    "force_image_size",
+    "patch_size",
+    "downsample_ratio",
+    "ps_version",
+    "vit_hidden_size",
+    "projector_hidden_size",
+    "norm_mean",
+    "norm_std",
+    "use_thumbnail",
+    "img_context_token_id",
+    "vision_config",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """The hybrid Mamba2-Transformer language model.
+
+    Attributes:
+        layers: Kind of each layer, first to last, from ``hybrid_override_pattern``.
+        time_step_limit: (low, high) clamp of the Mamba2 time step after softplus.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerKind, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    conv_kernel: int
+    chunk_size: int
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    bos_token_id: int | None = 1
+    eos_token_id: int = 12
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"llm_config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {self.num_key_value_heads}",
+        )
+        _require(
+            self.mamba_num_heads % self.n_groups == 0,
+            f"llm_config: mamba_num_heads {self.mamba_num_heads} is not a multiple of "
+            f"n_groups {self.n_groups}",
+        )
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Width of the Mamba2 inner activation, heads x head_dim."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x, B and C side by side."""
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LanguageConfig":
+        """Read the ``llm_config`` part of a config.
+
+        Raises:
+            ConfigError: if a key is missing, or asks for something this architecture lacks.
+        """
+        pattern = _get(values, "hybrid_override_pattern", "llm_config")
+        unknown = sorted(set(pattern) - set(_PATTERN))
+        _require(
+            not unknown,
+            f"llm_config.hybrid_override_pattern: layers {unknown} are not supported; "
+            "this family has M (Mamba2), - (MLP) and * (attention)",
+        )
+        declared = values.get("num_hidden_layers", len(pattern))
+        _require(
+            declared == len(pattern),
+            f"llm_config: num_hidden_layers is {declared} but hybrid_override_pattern "
+            f"has {len(pattern)} layers",
+        )
+        for key in ("attention_bias", "mlp_bias", "use_bias", "tie_word_embeddings"):
+            _require(
+                not values.get(key, False), f"llm_config.{key}: only false is supported, got true"
+            )
+        _require(
+            values.get("mlp_hidden_act", "relu2") == "relu2",
+            f"llm_config.mlp_hidden_act: required relu2, got {values.get('mlp_hidden_act')}",
+        )
+        low, high = values.get("time_step_limit", (0.0, math.inf))
+        sizes = {
+            key: _get(values, key, "llm_config")
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "intermediate_size",
+                "mamba_num_heads",
+                "mamba_head_dim",
+                "ssm_state_size",
+                "n_groups",
+                "conv_kernel",
+            )
+        }
+        for key, size in sizes.items():
+            _require_positive_int(size, f"llm_config.{key}")
+        return cls(
+            **sizes,
+            layers=tuple(_PATTERN[letter] for letter in pattern),
+            head_dim=_head_dim(values),
+            chunk_size=values.get("chunk_size", 128),
+            use_conv_bias=values.get("use_conv_bias", True),
+            layer_norm_epsilon=_first(
+                values, ("layer_norm_epsilon", "rms_norm_eps"), "llm_config", default=1e-5
+            ),
+            # the released file may hold a bare Infinity or the string "Infinity"
+            time_step_limit=(float(low), float(high)),
+            bos_token_id=values.get("bos_token_id"),
+            eos_token_id=_get(values, "eos_token_id", "llm_config"),
+            pad_token_id=values.get("pad_token_id") or 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The RADIO vision transformer.
+
+    Attributes:
+        num_prefix_tokens: cls and register tokens together; rows of ``cls_token.token``.
+        num_positions: rows of the (square) position table ``pos_embed``.
+        num_summary_idxs: length of the ``summary_idxs`` buffer; 0 where a checkpoint has none.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    num_prefix_tokens: int
+    num_positions: int
+    num_summary_idxs: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VisionConfig":
+        """Read the ``vision_config`` part of a config.
+
+        Sizes come from the timm name in ``args.model``; explicit ``hidden_size``,
+        ``num_hidden_layers``, ``num_attention_heads`` and ``intermediate_size`` in ``args``
+        override it, as they do in vLLM.
+
+        Raises:
+            ConfigError: if neither the name nor explicit sizes settle the geometry.
+        """
+        args = _get(values, "args", "vision_config")
+        name = args.get("model", "")
+        hidden, layers, heads = _VIT_SIZES.get(name, (None, None, None))
+        hidden = args.get("hidden_size", hidden)
+        layers = args.get("num_hidden_layers", layers)
+        heads = args.get("num_attention_heads", heads)
+        _require(
+            None not in (hidden, layers, heads),
+            f"vision_config.args.model: {name!r} is not one of {sorted(_VIT_SIZES)}; give "
+            "hidden_size, num_hidden_layers and num_attention_heads in vision_config.args",
+        )
+        patch_size = _first(values, ("patch_size",), "vision_config", default=16)
+        rows = args.get("cpe_max_size", 2048) // patch_size
+        return cls(
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            intermediate_size=args.get("intermediate_size", 4 * hidden),
+            patch_size=patch_size,
+            num_prefix_tokens=_count_prefix_tokens(args),
+            num_positions=rows * rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig:
+    """The whole model, and how images become tokens.
+
+    Attributes:
+        image_size: Side of the square tile in pixels (512 in the released model).
+        norm_mean: Per-channel mean of pixel values in 0..1.
+        norm_std: Per-channel standard deviation of pixel values in 0..1.
+        raw: The untouched config.json, to be written back unchanged.
+    """
+
+    language: LanguageConfig
+    vision: VisionConfig
+    image_size: int
+    downsample_ratio: float
+    ps_version: Literal["v1", "v2"]
+    projector_hidden_size: int
+    norm_mean: tuple[float, float, float]
+    norm_std: tuple[float, float, float]
+    use_thumbnail: bool
+    max_num_tiles: int
+    image_token_id: int
+    image_token: str = "<image>"
+    image_start_token: str = "<img>"
+    image_end_token: str = "</img>"
+    video_token: str = "<video>"
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        side = self.image_size // self.vision.patch_size
+        _require(
+            self.image_size % self.vision.patch_size == 0 and side % self.shuffle == 0,
+            f"force_image_size: {self.image_size} is not a multiple of patch_size x "
+            f"{self.shuffle} = {self.vision.patch_size * self.shuffle}",
+        )
+        _require(
+            self.ps_version in ("v1", "v2"),
+            f"ps_version: required v1 or v2, got {self.ps_version!r}",
+        )
+
+    @property
+    def shuffle(self) -> int:
+        """Patches per side that pixel shuffle folds into one token (2)."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Image tokens along one side of a tile (16 at full size)."""
+        return self.image_size // self.vision.patch_size // self.shuffle
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile (256 at full size)."""
+        return self.tokens_per_side**2
+
+    @property
+    def projector_input_size(self) -> int:
+        """Channels after pixel shuffle."""
+        return self.vision.hidden_size * self.shuffle**2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VLMConfig":
+        """Read a whole config.json.
+
+        Raises:
+            ConfigError: if the architecture is another one, a key is missing, or parts disagree.
+        """
+        architectures = values.get("architectures") or []
+        _require(
+            ARCHITECTURE in architectures or values.get("model_type") == ARCHITECTURE,
+            f"config.json: required architecture {ARCHITECTURE}, got {architectures or 'none'}",
+        )
+        missing = [key for key in _TOP_KEYS if key not in values]
+        _require(not missing, f"config.json: missing {', '.join(missing)}")
+        language = _first(values, ("llm_config", "text_config"), "config.json")
+        vision = VisionConfig.from_dict(values["vision_config"])
+        _require(
+            values["vit_hidden_size"] == vision.hidden_size,
+            f"config.json: vit_hidden_size {values['vit_hidden_size']} disagrees with "
+            f"vision_config.args ({vision.hidden_size})",
+        )
+        _require(
+            values["patch_size"] == vision.patch_size,
+            f"config.json: patch_size {values['patch_size']} disagrees with vision_config "
+            f"({vision.patch_size})",
+        )
+        return cls(
+            language=LanguageConfig.from_dict(language),
+            vision=vision,
+            image_size=values["force_image_size"],
+            downsample_ratio=values["downsample_ratio"],
+            ps_version=values["ps_version"],
+            projector_hidden_size=values["projector_hidden_size"],
+            norm_mean=_triple(values["norm_mean"], "norm_mean"),
+            norm_std=_triple(values["norm_std"], "norm_std"),
+            use_thumbnail=values["use_thumbnail"],
+            max_num_tiles=values.get("max_num_tiles", 12),
+            image_token_id=values["img_context_token_id"],
+            image_token=values.get("img_context_token", "<image>"),
+            image_start_token=values.get("img_start_token", "<img>"),
+            image_end_token=values.get("img_end_token", "</img>"),
+            video_token=values.get("video_context_token", "<video>"),
+            raw=dict(values),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "VLMConfig":
+        """Read ``config.json`` of a checkpoint folder.
+
+        Raises:
+            ConfigError: if the file is missing or not JSON, and as `from_dict`.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: not found; MODEL must be a folder that holds config.json"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: required a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def with_shapes(
+        self, *, prefix_tokens: int, positions: int, summary_idxs: int = 0
+    ) -> "VLMConfig":
+        """Return a copy whose RADIO token counts are those of a checkpoint's tensors.
+
+        Args:
+            prefix_tokens: rows of ``patch_generator.cls_token.token``.
+            positions: rows of ``patch_generator.pos_embed``.
+            summary_idxs: length of ``radio_model.summary_idxs``; 0 if there is no such tensor.
+        """
+        vision = replace(
+            self.vision,
+            num_prefix_tokens=prefix_tokens,
+            num_positions=positions,
+            num_summary_idxs=summary_idxs,
+        )
+        return replace(self, vision=vision)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive_int(value: object, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"{where}: required a positive integer, got {value!r}")
+
+
+def _get(values: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in values:
+        raise ConfigError(f"{where}: missing {key}")
+    return values[key]
+
+
+def _first(values: Mapping[str, Any], keys: Sequence[str], where: str, default: Any = None) -> Any:
+    for key in keys:
+        if key in values:
+            return values[key]
+    if default is None:
+        raise ConfigError(f"{where}: missing {' or '.join(keys)}")
+    return default
+
+
+def _head_dim(values: Mapping[str, Any]) -> int:
+    return _first(
+        values,
+        ("head_dim", "attention_head_dim"),
+        "llm_config",
+        default=values["hidden_size"] // values["num_attention_heads"],
+    )
+
+
+def _triple(values: Sequence[float], where: str) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise ConfigError(f"{where}: required 3 numbers, got {len(values)}")
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _count_prefix_tokens(args: Mapping[str, Any]) -> int:
+    """Count cls and register tokens as RADIO's own constructor does."""
+    names = {teacher.get("name") for teacher in args.get("teachers", [])}
+    cls_tokens = max(1, len(names)) if args.get("cls_token_per_teacher") else 1
+    multiple = args.get("register_multiple")
+    return cls_tokens + (multiple - cls_tokens % multiple if multiple else 0)

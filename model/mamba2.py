@@ -1,0 +1,236 @@
+"""The Mamba2 mixer: projection, causal convolution, state-space scan, gated norm, projection.
+
+The scan is the chunked form of Mamba2 (Dao and Gu, arXiv 2405.21060, section 6): inside a chunk
+the recurrence is a masked matrix product, between chunks one state per head is carried. Heads of a
+group share B and C; the products below work on groups, so B and C are never repeated per head.
+States go in and come out explicitly, which is what chunked prefill, decoding and graph export need.
+
+The time step is clamped to ``time_step_limit`` in every path, as the released remote code and the
+servers do. transformers clamps it at ``time_step_min`` in its prefill alone, so it agrees
+with this file wherever no time step lies below that bound.
+
+Shapes: B batch, T tokens, H heads, P head dim, G groups, J heads per group (H = G J), N state,
+C chunks, Q tokens of a chunk, K convolution kernel, E inner size H P.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvvl.model.config import LanguageConfig
+
+MambaState = tuple[Tensor, Tensor]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over groups of channels of ``x * silu(gate)``, in float32."""
+
+    def __init__(self, size: int, *, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalize ``x`` (..., E) gated by ``gate`` (..., E); returns the dtype of ``gate``."""
+        gated = x.float() * F.silu(gate.float())
+        groups = gated.unflatten(-1, (self.num_groups, -1))
+        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * groups.flatten(-2)).to(gate.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba2 mixer with explicit convolution and state-space states.
+
+    ``in_proj`` gives gate (E), the convolved xBC (E + 2 G N) and dt (H), in this order.
+    """
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, heads = config.mamba_inner_size, config.mamba_num_heads
+        self.in_proj = nn.Linear(config.hidden_size, inner + config.conv_dim + heads, bias=False)
+        self.conv1d = nn.Conv1d(
+            config.conv_dim,
+            config.conv_dim,
+            config.conv_kernel,
+            groups=config.conv_dim,
+            bias=config.use_conv_bias,
+        )
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = GatedRMSNorm(inner, num_groups=config.n_groups, eps=config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: MambaState | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, MambaState]:
+        """Mix ``x`` (B, T, hidden) along T.
+
+        Args:
+            x: normalized hidden states.
+            state: (conv (B, conv_dim, K - 1), ssm (B, H, P, N) float32) of the tokens before, or
+                None at the start of a sequence.
+            padding_mask: (B, T) bool, True on real tokens; padding must be on the left.
+
+        Returns:
+            The mixed hidden states (B, T, hidden) and the state after the last token.
+        """
+        cfg = self.config
+        batch, length, _ = x.shape
+        gate, xbc, dt = self.in_proj(x).split(
+            [cfg.mamba_inner_size, cfg.conv_dim, cfg.mamba_num_heads], dim=-1
+        )
+        if padding_mask is not None:
+            xbc = xbc * padding_mask[..., None]
+        conv_state = (
+            xbc.new_zeros(batch, cfg.conv_dim, cfg.conv_kernel - 1) if state is None else state[0]
+        )
+        xbc, conv_state = causal_conv(xbc, self.conv1d.weight, self.conv1d.bias, conv_state)
+        width = cfg.n_groups * cfg.ssm_state_size
+        values, b, c = F.silu(xbc).split([cfg.mamba_inner_size, width, width], dim=-1)
+
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*cfg.time_step_limit)
+        if padding_mask is not None:
+            dt = dt * padding_mask[..., None]
+        ssm_state = (
+            torch.zeros(
+                batch,
+                cfg.mamba_num_heads,
+                cfg.mamba_head_dim,
+                cfg.ssm_state_size,
+                device=x.device,
+            )
+            if state is None
+            else state[1]
+        )
+        scan = ssm_step if length == 1 else ssm_scan
+        y, ssm_state = scan(
+            values.unflatten(-1, (cfg.mamba_num_heads, -1)),  # (B, T, H, P)
+            dt,
+            -torch.exp(self.A_log.float()),
+            b.unflatten(-1, (cfg.n_groups, -1)),  # (B, T, G, N)
+            c.unflatten(-1, (cfg.n_groups, -1)),
+            self.D.float(),
+            ssm_state,
+            chunk_size=cfg.chunk_size,
+        )
+        y = self.norm(y.flatten(-2), gate)
+        return self.out_proj(y.to(x.dtype)), (conv_state, ssm_state)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel over the tokens up to and including its own.
+
+    Args:
+        x: (B, T, channels).
+        weight: (channels, 1, K).
+        bias: (channels,) or None.
+        state: (B, channels, K - 1), the last inputs before ``x``.
+
+    Returns:
+        The convolved (B, T, channels) and the state after ``x``.
+    """
+    channels = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # (B, channels, K-1+T)
+    out = F.conv1d(channels, weight.to(x.dtype), bias, groups=weight.shape[0])
+    return out.transpose(1, 2), channels[..., channels.shape[-1] - state.shape[-1] :]
+
+
+def ssm_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    chunk_size: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Advance the recurrence by one token; arguments and results as `ssm_scan` with T = 1."""
+    groups = b.shape[2]
+    x, dt = x[:, 0].float(), dt[:, 0]  # (B, H, P), (B, H)
+    b, c = (side[:, 0].float().unsqueeze(2) for side in (b, c))  # (B, G, 1, N)
+    scaled = (x * dt[..., None]).unflatten(1, (groups, -1))  # (B, G, J, P)
+    update = scaled[..., None] * b[..., None, :]  # (B, G, J, P, N)
+    state = state * torch.exp(dt * a)[..., None, None] + update.flatten(1, 2)
+    y = (state.unflatten(1, (groups, -1)) * c[..., None, :]).sum(-1).flatten(1, 2)
+    return (y + d[:, None] * x).unsqueeze(1), state
+
+
+def ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the Mamba2 recurrence over T tokens in chunks.
+
+    ``state_t = exp(dt_t a) state_(t-1) + dt_t x_t b_t^T`` and ``y_t = state_t c_t + d x_t``.
+
+    Args:
+        x: (B, T, H, P).
+        dt: (B, T, H) float32, after softplus; zero leaves the state untouched.
+        a: (H,) float32, negative.
+        b: (B, T, G, N).
+        c: (B, T, G, N).
+        d: (H,) float32.
+        state: (B, H, P, N) float32, before the first token.
+        chunk_size: Q; any value gives the same result up to rounding.
+
+    Returns:
+        y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
+    """
+    length, groups = x.shape[1], b.shape[2]
+    chunk = min(chunk_size, length)
+    x, b, c = x.float(), b.float(), c.float()
+    xdt = x * dt[..., None]
+    xdt, log_decay, b, c = (
+        _into_chunks(part, chunk) for part in (xdt, dt * a, b, c)
+    )  # (B, C, Q, ...)
+    xdt = xdt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # (B, C, G, J, Q, P)
+    b = b.transpose(2, 3)  # (B, C, G, Q, N)
+    c = c.transpose(2, 3)
+    total = log_decay.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2).cumsum(-1)  # (B,C,G,J,Q)
+
+    # inside a chunk: token l reads token s <= l, decayed by everything in between
+    between = total[..., :, None] - total[..., None, :]  # (B, C, G, J, Q, Q)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    decay = torch.exp(between.masked_fill(~causal, -torch.inf))
+    scores = (c @ b.transpose(-1, -2)).unsqueeze(3) * decay
+    y = scores @ xdt  # (B, C, G, J, Q, P)
+
+    # what each chunk adds to the state, and the state each chunk starts from
+    to_end = torch.exp(total[..., -1:] - total)
+    added = (xdt * to_end[..., None]).transpose(-1, -2) @ b.unsqueeze(3)  # (B, C, G, J, P, N)
+    chunk_decay = torch.exp(total[..., -1])[..., None, None]
+    running = state.unflatten(1, (groups, -1))  # (B, G, J, P, N)
+    starts = []
+    for index in range(added.shape[1]):
+        starts.append(running)
+        running = running * chunk_decay[:, index] + added[:, index]
+    carried = c.unsqueeze(3) @ torch.stack(starts, dim=1).transpose(-1, -2)  # (B, C, G, J, Q, P)
+    y = y + carried * torch.exp(total)[..., None]
+
+    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]  # (B, T, H, P)
+    return y + d[:, None] * x, running.flatten(1, 2)
+
+
+def _into_chunks(x: Tensor, chunk: int) -> Tensor:
+    """Pad T with zeros to whole chunks: (B, T, ...) -> (B, C, Q, ...)."""
+    padding = (chunk - x.shape[1] % chunk) % chunk
+    if padding:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))
+    return x.unflatten(1, (-1, chunk))

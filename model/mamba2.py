@@ -138,9 +138,16 @@ def causal_conv(
     Returns:
         The convolved (B, T, channels) and the state after ``x``.
     """
+    length = x.shape[1]
+    if x.is_cuda:  # depthwise convolutions are slow there, their weight gradients above all
+        window = torch.cat([state.to(x.dtype).transpose(1, 2), x], dim=1)  # (B, K-1+T, channels)
+        taps = weight.squeeze(1).float().unbind(-1)
+        out = sum(window[:, k : k + length] * tap for k, tap in enumerate(taps))
+        out = out if bias is None else out + bias.float()
+        return out.to(x.dtype), window[:, length:].transpose(1, 2)
     channels = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # (B, channels, K-1+T)
     out = F.conv1d(channels, weight.to(x.dtype), bias, groups=weight.shape[0])
-    return out.transpose(1, 2), channels[..., channels.shape[-1] - state.shape[-1] :]
+    return out.transpose(1, 2), channels[..., length:]
 
 
 def ssm_step(

@@ -1,0 +1,186 @@
+"""Builds the model from a checkpoint folder, with every tensor accounted for.
+
+The network is made on the meta device, where it costs nothing, and its parameter names are the
+released tensor names; so the set of tensors a checkpoint must have is read off the model itself,
+and a missing, unexpected or misshapen tensor is named before a byte of weights is read.
+Sub-modules can be filled one at a time, which is how a model larger than memory is walked.
+
+BF16 (F16, F32) folders only; quantized ones are read by ``nvvl.quantize.load``.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import nvvl.model
+from nvvl.errors import CheckpointError, ConfigError
+from nvvl.model.checkpoint import Checkpoint, TensorInfo
+from nvvl.model.config import VLMConfig
+from nvvl.model.vlm import NemotronNanoVL
+
+# A cast of these few numbers per layer moves every later state; they stay as they are stored.
+_KEEP_STORED_DTYPE = ("A_log", "D", "dt_bias")
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+# Data and text only: weights as pickles and Python code are never fetched.
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+def resolve_model(model: str) -> Path:
+    """Find the folder that a MODEL argument means.
+
+    Args:
+        model: ``embedded`` for the model shipped with the package, a folder, or a Hub id
+            ``organization/name``, which is downloaded into the Hub's own cache.
+
+    Raises:
+        ConfigError: if it is none of these, or the Hub cannot be reached.
+    """
+    if model == "embedded":
+        folder = Path(str(nvvl.model.__file__)).parent / "embedded"
+        if not (folder / "config.json").exists():
+            raise ConfigError(
+                f"embedded: {folder} holds no model; install a released wheel, or make the model "
+                "with tools/embedded_model of the source tree"
+            )
+        return folder
+    if model and Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+        raise ConfigError(
+            f"{model}: required 'embedded', an existing folder or a Hub id organization/name"
+        )
+    return _download(model)
+
+
+def expected_tensors(config: VLMConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that a BF16 checkpoint of this config holds."""
+    state = _meta_model(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> NemotronNanoVL:
+    """Load a whole model for inference.
+
+    Args:
+        folder: A BF16 checkpoint folder in the released layout.
+        dtype: What the parameters are converted to, but for ``A_log``, ``D`` and ``dt_bias``,
+            which keep their stored dtype as the buffers do; None keeps all as stored.
+        device: Where the tensors go.
+
+    Raises:
+        ConfigError: if config.json cannot be used.
+        CheckpointError: if tensors are missing, unexpected, of another shape, not finite, or if
+            the folder is quantized.
+    """
+    checkpoint = Checkpoint(folder)
+    model = _meta_model(checkpoint.config)
+    check_tensors(checkpoint, expected_tensors(checkpoint.config))
+    materialize(model, "", checkpoint, dtype=dtype, device=device)
+    return model.eval()
+
+
+def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and kinds of a checkpoint's tensors with those expected.
+
+    Raises:
+        CheckpointError: listing every missing, unexpected and misshapen tensor, sorted.
+    """
+    if "quantization_config" in checkpoint.config.raw:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has a quantization_config; required the BF16 "
+            "checkpoint that it was made from"
+        )
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - checkpoint.tensors)]
+    faults += [f"{name} is unexpected" for name in sorted(checkpoint.tensors.keys() - expected)]
+    for name in sorted(expected.keys() & checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        if info.shape != expected[name]:
+            faults.append(f"{name} has shape {info.shape}, required {expected[name]}")
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(faults)} tensors do not fit config.json: "
+            f"{'; '.join(faults)}"
+        )
+
+
+def materialize(
+    module: nn.Module,
+    prefix: str,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Fill one sub-module, made on the meta device, from a checkpoint.
+
+    Args:
+        module: Its parameters and persistent buffers are replaced; parameters need no gradient.
+        prefix: Fully qualified name of the module in the checkpoint; "" for the whole model.
+        checkpoint: Where the tensors are.
+        dtype: As in `load_model`.
+        device: Where the tensors go.
+
+    Raises:
+        CheckpointError: if a tensor is missing, of another shape, not a float, or not finite.
+    """
+    for owner_name, owner in module.named_modules(prefix=prefix):
+        where = f"{owner_name}." if owner_name else ""
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            keep = dtype is None or leaf in _KEEP_STORED_DTYPE
+            loaded = _load_weight(checkpoint, where + leaf, parameter)
+            loaded = loaded.to(device=device, dtype=loaded.dtype if keep else dtype)
+            setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
+        for leaf, buffer in list(owner.named_buffers(recurse=False)):
+            info = checkpoint.info(where + leaf)
+            _require_shape(info, buffer)
+            setattr(owner, leaf, checkpoint.load(info.name).to(device))
+
+
+def _load_weight(checkpoint: Checkpoint, name: str, placeholder: Tensor) -> Tensor:
+    info = checkpoint.info(name)
+    _require_shape(info, placeholder)
+    if info.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{info.file}: {name}: required one of {', '.join(_FLOATS)}, got {info.dtype}"
+        )
+    weight = checkpoint.load(name)
+    # extremes carry NaN and Inf along; far cheaper than looking at each element with isfinite
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+        raise CheckpointError(f"{info.file}: {name}: holds NaN or Inf; download it again")
+    return weight
+
+
+def _require_shape(info: TensorInfo, placeholder: Tensor) -> None:
+    if info.shape != tuple(placeholder.shape):
+        raise CheckpointError(
+            f"{info.file}: {info.name}: required shape {tuple(placeholder.shape)}, got {info.shape}"
+        )
+
+
+def _meta_model(config: VLMConfig) -> NemotronNanoVL:
+    with torch.device("meta"):
+        return NemotronNanoVL(config)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{hub_id}: no such folder, and the Hub did not give a model of that name ({reason}); "
+            "check the name, log in if it is gated, or download it elsewhere and pass the folder"
+        ) from error

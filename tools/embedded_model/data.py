@@ -6,7 +6,7 @@ run sees the documents it would have seen. Tiles stay uint8 until they are on th
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nvvl.calib_data.documents import Document, document_messages, make_document, text_passage
+from nvvl.calib_data.documents import Document, make_document
+from nvvl.calib_data.texts import text_passage
 from nvvl.model.config import VLMConfig
-from nvvl.model.processor import Processor
+from nvvl.model.processor import Message, Processor
 from nvvl.tools.embedded_model.stages import GROUPS, Stage
 from nvvl.tools.embedded_model.tokenizer import train_tokenizer
+
+MOST_TURNS = 6
+REPLAY_POOL = 48
 
 NUM_GLYPHS = 95
 """Printable ASCII, 0x20 to 0x7e."""
@@ -90,7 +94,8 @@ class Batches(Dataset[TrainingBatch]):
         if kind == "passage":
             return self.passage(rng, length)
         document = make_document(kind, rng.getrandbits(48), split="train")
-        return document_row(document, self.processor, length)
+        turns = rng.sample(document.turns, k=min(MOST_TURNS, len(document.turns)))
+        return document_row(replace(document, turns=tuple(turns)), self.processor, length)
 
     def passage(self, rng: random.Random, length: int) -> "Row":
         """Draw plain text to be continued."""
@@ -116,8 +121,9 @@ def document_row(document: Document, processor: Processor, length: int) -> Row:
     """Turn a document into ids and uint8 tiles, as many of its turns as fit ``length`` tokens."""
     messages = document_messages(document)
     videos = () if document.video is None else (document.video,)
+    images = () if videos else document.images
     while True:
-        inputs = processor(messages, images=document.images, videos=videos, keep_thinking=True)
+        inputs = processor(messages, images=images, videos=videos, keep_thinking=True)
         if len(inputs.input_ids) <= length or len(messages) == 2:
             break
         messages = messages[:-2]
@@ -127,6 +133,16 @@ def document_row(document: Document, processor: Processor, length: int) -> Row:
     pixels = ((inputs.pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     glyphs = glyph_targets(document, config) if len(pixels) == 1 else np.zeros((0, 3), np.int64)
     return Row(inputs.input_ids[:length], inputs.answer_mask[:length], pixels.numpy(), glyphs)
+
+
+def document_messages(document: Document) -> list[Message]:
+    """Return every question and answer about a document, its images in the first question."""
+    media = "<video>\n" if document.video else "<image>\n" * len(document.images)
+    messages = []
+    for question, answer in document.turns:
+        messages += [Message("user", media + question), Message("assistant", answer)]
+        media = ""
+    return messages
 
 
 def glyph_targets(document: Document, config: VLMConfig) -> np.ndarray:
@@ -151,17 +167,35 @@ def pick(rng: random.Random, shares: dict[str, float]) -> str:
 
 
 def batches(
-    stage: Stage, *, processor: Processor, seed: int, first: int, workers: int
+    stage: Stage, *, processor: Processor, seed: int, first: int, workers: int, device: torch.device
 ) -> Iterator[TrainingBatch]:
-    """Yield the batches of a stage from number ``first`` on."""
+    """Yield the batches of a stage from step ``first`` on.
+
+    Drawing documents is slower than learning from them on a GPU, so each batch comes back
+    ``stage.replays`` times, a while later and with another contrast.
+    """
     loader = DataLoader(
         Batches(stage, processor, seed),
-        sampler=range(first, stage.steps),
+        sampler=range(first // (1 + stage.replays), stage.steps),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
+    rng = random.Random(f"replay:{seed}:{first}")
+    kept: list[TrainingBatch] = []
+    for batch in loader:
+        batch = batch.to(device)
+        yield batch
+        kept = [*kept[-REPLAY_POOL + 1 :], batch]
+        for _ in range(stage.replays):
+            old = rng.choice(kept)
+            yield replace(old, pixels=change_contrast(old.pixels, rng))
+
+
+def change_contrast(pixels: Tensor, rng: random.Random) -> Tensor:
+    """Stretch and shift uint8 pixels a little, by one random draw for the batch."""
+    scale, shift = rng.uniform(0.7, 1.1), rng.uniform(-20, 20)
+    return ((pixels.float() - 128) * scale + 128 + shift).clamp(0, 255).to(torch.uint8)
 
 
 def load_processor(work: Path, config: VLMConfig) -> Processor:

@@ -21,6 +21,7 @@ class Stage:
         steps: optimizer steps.
         glyph_weight: weight of the dense glyph loss on vision features; with no language model
             trained beside it, it is the only loss.
+        replays: how often a drawn batch is trained on again.
         start, end: learning rate at the first and last step, as a share of the peak rate.
     """
 
@@ -29,6 +30,7 @@ class Stage:
     parts: tuple[Part, ...]
     steps: int
     glyph_weight: float
+    replays: int = 0
     start: float = 1.0
     end: float = 1.0
 
@@ -65,6 +67,7 @@ def make_stages(scale: float) -> list[Stage]:
             parts=("vision",),
             steps=steps(2000),
             glyph_weight=1.0,
+            replays=2,
             end=0.5,
         ),
         Stage(
@@ -80,6 +83,7 @@ def make_stages(scale: float) -> list[Stage]:
             parts=("projector",),
             steps=steps(150),
             glyph_weight=0.0,
+            replays=1,
         ),
         Stage(
             name="documents",
@@ -87,6 +91,7 @@ def make_stages(scale: float) -> list[Stage]:
             parts=everything,
             steps=steps(4500),
             glyph_weight=0.05,
+            replays=1,
         ),
         Stage(
             name="pages_and_videos",
@@ -94,6 +99,7 @@ def make_stages(scale: float) -> list[Stage]:
             parts=everything,
             steps=steps(4000),
             glyph_weight=0.02,
+            replays=1,
             end=0.4,
         ),
         Stage(
@@ -102,6 +108,7 @@ def make_stages(scale: float) -> list[Stage]:
             parts=everything,
             steps=steps(3000),
             glyph_weight=0.02,
+            replays=1,
             start=0.4,
             end=0.0,
         ),

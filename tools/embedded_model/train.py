@@ -102,9 +102,7 @@ def initialize(trainee: Trainee) -> None:
             nn.init.uniform_(parameter, -0.5, 0.5)
         elif parameter.ndim == 2 and not name.endswith(("embeddings.weight", "token")):
             std = parameter.shape[1] ** -0.5
-            if name.endswith(
-                ("out_proj.weight", "down_proj.weight", "o_proj.weight", "fc2.weight")
-            ):
+            if name.endswith(RESIDUAL_OUTPUTS):
                 std /= math.sqrt(depth)
             nn.init.normal_(parameter, std=std)
         else:
@@ -158,7 +156,7 @@ def train_stage(
     trainable = [p for p in trainee.parameters() if p.requires_grad]
     saved = started = time.monotonic()
     for step in range(first_step, stage.steps):
-        batch = next(stream).to(device)
+        batch = next(stream)
         for optimizer, peak in zip(optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate(stage, step)
             optimizer.zero_grad(set_to_none=True)
@@ -192,11 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder that receives the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw documents")
-    parser.add_argument(
-        "--work", type=Path, help="where the resumable state lies (default OUT.work)"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile the layers (CUDA)")
+    parser.add_argument("--work", type=Path, help="resumable state (default OUT.work)")
     arguments = parser.parse_args()
 
     work = arguments.work or arguments.out.with_name(arguments.out.name + ".work")
@@ -223,7 +220,12 @@ def main() -> None:
     for index, stage in enumerate(stages[first:], start=first):
         begin = step if index == first else 0
         stream = batches(
-            stage, processor=processor, seed=index, first=begin, workers=arguments.workers
+            stage,
+            processor=processor,
+            seed=index,
+            first=begin,
+            workers=arguments.workers,
+            device=torch.device(arguments.device),
         )
         train_stage(
             trainee,

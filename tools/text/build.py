@@ -19,7 +19,9 @@ NUM_WORDS = 20_000
 TRAIN_BOOKS = ("gen1:1-50:26", "1sam1:1-31:13", "prov1:1-31:31", "luke1:1-24:53")
 HELD_OUT_BOOKS = ("ruth1:1-4:22", "esther1:1-10:3", "jonah1:1-4:11")
 # a document generator has no business printing these
-UNWANTED = re.compile(r"fuck|shit|cunt|nigg|whore|rape|slut|bitch|piss|fag|cock|dyke|porn|nazi")
+UNWANTED = re.compile(
+    r"fuck|shit|cunt|nigg|whore|rape|slut|bitch|piss|fag|cock|dyke|porn|nazi|retard|nude|sex"
+)
 
 
 def read_level(level: int) -> list[str]:

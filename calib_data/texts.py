@@ -1,0 +1,168 @@
+"""Generated documents of running text: one line anywhere on a tile, and paragraphs."""
+
+import random
+from dataclasses import dataclass, field
+
+from nvvl.calib_data.drawing import (
+    MARGIN,
+    MIN_SIZE,
+    Canvas,
+    Face,
+    FontFile,
+    Split,
+    choose_font,
+    choose_palette,
+    fit_face,
+    load_face,
+)
+from nvvl.calib_data.words import Strings, belongs, load_list
+
+TILE = 256
+READ = "Read the text."
+TRANSCRIBE = "Transcribe the document."
+
+Turn = tuple[str, str]
+
+
+@dataclass
+class Drawn:
+    """What a layout returns: drawn canvases, before wear, and questions with exact answers.
+
+    Attributes:
+        is_video: Canvases are frames of a video, not pages.
+    """
+
+    canvases: list[Canvas]
+    turns: list[Turn] = field(default_factory=list)
+    is_video: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a layout draws from: the document's random generator, strings and fonts."""
+
+    rng: random.Random
+    strings: Strings
+    fonts: Split
+
+    def font(self, *kinds: str) -> FontFile:
+        """Draw a font, of certain kinds if any are given."""
+        return choose_font(self.rng, self.fonts, kinds=kinds)
+
+    def canvas(self, width: int = TILE, height: int = TILE) -> Canvas:
+        """Start an image with colours of its own."""
+        return Canvas((width, height), choose_palette(self.rng))
+
+
+def draw_line(source: Source) -> Drawn:
+    """Draw one line of text at a random place."""
+    rng = source.rng
+    canvas = source.canvas()
+    width = canvas.width - 2 * MARGIN
+    face = None
+    while face is None:
+        text = source.strings.line(4, 28)
+        face = fit_face(source.font(), [text], width, rng.randint(13, 34))
+    length = face.width(text)
+    x = rng.randint(MARGIN, canvas.width - MARGIN - length)
+    y = rng.randint(MARGIN, canvas.height - MARGIN - face.height)
+    _distract(canvas, rng, x, y, length, face)
+    canvas.text(x, y + face.ascent, text, face)
+    return Drawn([canvas], [(READ, text)])
+
+
+def _distract(canvas: Canvas, rng: random.Random, x: int, y: int, length: int, face: Face) -> None:
+    """Draw rules or boxes that are not text, clear of the line."""
+    palette = canvas.palette
+    around = (x - 5, y - 4, x + length + 4, y + face.height + 4)
+    style = rng.random()
+    if style < 0.15:
+        canvas.rule(MARGIN, around[3], canvas.width - MARGIN)
+    elif style < 0.3:
+        canvas.box(around, fill=palette.faint, outline=palette.accent)
+    elif style < 0.4:
+        for _ in range(rng.randint(1, 4)):
+            left, top = rng.randrange(canvas.width - 20), rng.randrange(canvas.height - 20)
+            box = (left, top, left + rng.randint(8, 90), top + rng.randint(4, 60))
+            if box[3] < around[1] or box[1] > around[3]:
+                canvas.box(box, outline=palette.accent, fill=rng.choice((None, palette.faint)))
+
+
+def draw_text(source: Source) -> Drawn:
+    """Draw a paragraph of three to eight lines that fills a tile's width."""
+    canvas = source.canvas()
+    rng = source.rng
+    lines, face = compose_paragraph(source, canvas.width - 2 * MARGIN, rng.randint(3, 8), 22)
+    pitch = choose_pitch(rng, face.height, len(lines), canvas.height - 2 * MARGIN)
+    y = rng.randint(MARGIN, canvas.height - MARGIN - pitch * (len(lines) - 1) - face.height)
+    x = MARGIN + rng.randint(0, 4)
+    for index, line in enumerate(lines):
+        canvas.text(x, y + face.ascent + index * pitch, line, face)
+    return Drawn([canvas], [(TRANSCRIBE, "\n".join(lines))])
+
+
+def compose_paragraph(
+    source: Source, width: int, num_lines: int, max_size: int
+) -> tuple[list[str], Face]:
+    """Break prose or random words into lines at most ``width`` pixels wide.
+
+    Returns:
+        The lines, of which each holds at least one word, and the face they were measured in.
+    """
+    width -= 4
+    face = load_face(source.font().file, source.rng.randint(MIN_SIZE + 1, max_size))
+    while True:
+        words = _draw_words(source, num_lines)
+        lines = break_lines(words, face, width)[:num_lines]
+        if len(lines) == num_lines and belongs("\n".join(lines), source.strings.split):
+            return lines, face
+
+
+def _draw_words(source: Source, num_lines: int) -> list[str]:
+    """Draw more than enough words for the lines: prose of the split, or a mixture."""
+    rng = source.rng
+    if rng.random() < 0.6:
+        lines = load_list(f"prose_{source.strings.split}.txt")
+        start = rng.randrange(len(lines) - num_lines - 1)
+        words = " ".join(lines[start : start + num_lines + 2]).split()
+        return words[rng.randrange(min(12, len(words) // 2)) :]
+    words = load_list("words.txt")
+    return [rng.choice(words) for _ in range(num_lines * 9)]
+
+
+def break_lines(words: list[str], face: Face, width: int) -> list[str]:
+    """Break words greedily into lines; the last, unfinished line is dropped.
+
+    A word wider than a line is left out.
+    """
+    space = face.width(" ")
+    lines: list[str] = []
+    line: list[str] = []
+    used = 0
+    for word in words:
+        length = face.width(word)
+        if length > width:
+            continue
+        if line and used + space + length > width:
+            lines.append(" ".join(line))
+            line, used = [], 0
+        used += length + (space if line else 0)
+        line.append(word)
+    return lines
+
+
+def choose_pitch(rng: random.Random, line_height: int, num_lines: int, height: int) -> int:
+    """Draw a distance between lines, so that all of them fit ``height`` pixels."""
+    if num_lines == 1:
+        return line_height
+    limit = (height - line_height) // (num_lines - 1)
+    return min(round(line_height * rng.uniform(1.05, 1.6)) + 1, limit)
+
+
+def text_passage(seed: int, split: Split) -> str:
+    """Return a passage of 3 to 8 verses of prose, for items without images."""
+    rng = random.Random(f"passage:{split}:{seed}")
+    lines = load_list(f"prose_{split}.txt")
+    count = rng.randint(3, 8)
+    start = rng.randrange(len(lines) - count)
+    return " ".join(lines[start : start + count])

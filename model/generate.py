@@ -142,7 +142,9 @@ def generate(
             state = state.select(torch.tensor(going_on, device=device))
             rows = [rows[place] for place in going_on]
         step = torch.tensor([[tokens[place]] for place in going_on], device=device)
-        output = model(step, state=state)
+        # by embedding: a model may write the image token, which then stands for no image
+        embeds = model.language_model.backbone.embeddings(step)
+        output = model(inputs_embeds=embeds, state=state)
     return answers
 
 

@@ -21,6 +21,11 @@ from nvvl.model.config import LanguageConfig
 
 MambaState = tuple[Tensor, Tensor]
 
+# On a CPU, longer chunks spend their time inside chunks, shorter ones on states; the tokens that
+# are scanned at once are bounded, so that memory does not grow with the prompt.
+CPU_CHUNK_SIZE = 64
+CPU_SPAN = 512
+
 
 class GatedRMSNorm(nn.Module):
     """RMSNorm over groups of channels of ``x * silu(gate)``, in float32."""
@@ -139,15 +144,18 @@ def causal_conv(
         The convolved (B, T, channels) and the state after ``x``.
     """
     length = x.shape[1]
+    window = torch.cat([state.to(x.dtype).transpose(1, 2), x], dim=1)  # (B, K-1+T, channels)
     if x.is_cuda:  # depthwise convolutions are slow there, their weight gradients above all
-        window = torch.cat([state.to(x.dtype).transpose(1, 2), x], dim=1)  # (B, K-1+T, channels)
         taps = weight.squeeze(1).float().unbind(-1)
-        out = sum(window[:, k : k + length] * tap for k, tap in enumerate(taps))
-        out = out if bias is None else out + bias.float()
-        return out.to(x.dtype), window[:, length:].transpose(1, 2)
-    channels = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # (B, channels, K-1+T)
-    out = F.conv1d(channels, weight.to(x.dtype), bias, groups=weight.shape[0])
-    return out.transpose(1, 2), channels[..., length:]
+        start = torch.zeros_like(taps[0]) if bias is None else bias.float()
+        products = (window[:, k : k + length] * tap for k, tap in enumerate(taps))
+        out = sum(products, start).to(x.dtype)
+    else:  # two-dimensional, because only that takes channels last without a transposed copy
+        image = window.transpose(1, 2).unsqueeze(2)  # (B, channels, 1, K-1+T)
+        kernel = weight.to(x.dtype).unsqueeze(2)
+        out = F.conv2d(image, kernel, bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+    # a copy, because a view would keep the whole window alive
+    return out, window[:, length:].transpose(1, 2).contiguous()
 
 
 def ssm_step(
@@ -185,6 +193,8 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the Mamba2 recurrence over T tokens in chunks.
 
+    A GPU takes all chunks at once; a CPU takes shorter chunks, and ``CPU_SPAN`` tokens at once.
+
     ``state_t = exp(dt_t a) state_(t-1) + dt_t x_t b_t^T`` and ``y_t = state_t c_t + d x_t``.
 
     Args:
@@ -200,39 +210,68 @@ def ssm_scan(
     Returns:
         y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
     """
-    length, groups = x.shape[1], b.shape[2]
-    chunk = min(chunk_size, length)
-    x, b, c = x.float(), b.float(), c.float()
-    xdt = x * dt[..., None]
-    xdt, log_decay, b, c = (
-        _into_chunks(part, chunk) for part in (xdt, dt * a, b, c)
-    )  # (B, C, Q, ...)
-    xdt = xdt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # (B, C, G, J, Q, P)
-    b = b.transpose(2, 3)  # (B, C, G, Q, N)
-    c = c.transpose(2, 3)
-    total = log_decay.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2).cumsum(-1)  # (B,C,G,J,Q)
+    chunk = chunk_size if x.is_cuda else min(chunk_size, CPU_CHUNK_SIZE)
+    if x.is_cuda or x.shape[1] <= CPU_SPAN:
+        return scan_chunks(x, dt, a, b, c, d, state, chunk_size=chunk)
+    outputs = []
+    for x_part, dt_part, b_part, c_part in zip(
+        *(part.split(CPU_SPAN, dim=1) for part in (x, dt, b, c)), strict=True
+    ):
+        y, state = scan_chunks(x_part, dt_part, a, b_part, c_part, d, state, chunk_size=chunk)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
 
-    # inside a chunk: token l reads token s <= l, decayed by everything in between
-    between = total[..., :, None] - total[..., None, :]  # (B, C, G, J, Q, Q)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay = torch.exp(between.masked_fill(~causal, -torch.inf))
-    scores = (c @ b.transpose(-1, -2)).unsqueeze(3) * decay
-    y = scores @ xdt  # (B, C, G, J, Q, P)
+
+def scan_chunks(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Do what `ssm_scan` does, with the chunks as one more batch dimension.
+
+    Only the state goes from chunk to chunk in turn. The operands of matrix products that give y
+    have the dtype of ``x``; decays, sums over several products and states are float32.
+    """
+    length, groups, dtype = x.shape[1], b.shape[2], x.dtype
+    chunk = min(chunk_size, length)
+    x, dt, b, c = (_into_chunks(part, chunk) for part in (x, dt, b, c))  # (B, C, Q, ...)
+    x = x.unflatten(3, (groups, -1))  # (B, C, Q, G, J, P)
+    b, c = b.transpose(2, 3), c.transpose(2, 3)  # (B, C, G, Q, N)
+    dt = dt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # (B, C, G, J, Q)
+    total = (dt * a.view(groups, -1, 1)).cumsum(-1)
+
+    # Inside a chunk: token l reads token s <= l, decayed by everything in between. The mask is a
+    # factor of the exponent, so that s > l cannot overflow; CPUs are slow at exp(-inf).
+    causal = torch.ones(chunk, chunk, device=x.device).tril()
+    between = (total[..., :, None] - total[..., None, :]) * causal  # (B, C, G, J, Q, Q)
+    products = (c @ b.mT).float() * causal  # (B, C, G, Q, Q)
+    scores = torch.exp(between) * dt[..., None, :] * products.unsqueeze(3)
+    inside = scores.to(dtype) @ x.permute(0, 1, 3, 4, 2, 5)  # (B, C, G, J, Q, P)
 
     # what each chunk adds to the state, and the state each chunk starts from
-    to_end = torch.exp(total[..., -1:] - total)
-    added = (xdt * to_end[..., None]).transpose(-1, -2) @ b.unsqueeze(3)  # (B, C, G, J, P, N)
+    to_end = dt * torch.exp(total[..., -1:] - total)
+    weighted = x * to_end.permute(0, 1, 4, 2, 3)[..., None]  # (B, C, Q, G, J, P)
+    added = weighted.permute(0, 1, 3, 4, 5, 2).flatten(3, 4) @ b.float()  # (B, C, G, J P, N)
+    added = added.unflatten(3, (-1, x.shape[-1]))  # (B, C, G, J, P, N)
     chunk_decay = torch.exp(total[..., -1])[..., None, None]
     running = state.unflatten(1, (groups, -1))  # (B, G, J, P, N)
     starts = []
     for index in range(added.shape[1]):
-        starts.append(running)
+        starts.append(running.to(dtype))
         running = running * chunk_decay[:, index] + added[:, index]
-    carried = c.unsqueeze(3) @ torch.stack(starts, dim=1).transpose(-1, -2)  # (B, C, G, J, Q, P)
-    y = y + carried * torch.exp(total)[..., None]
+    rows = torch.stack(starts, dim=1).flatten(3, 4)  # (B, C, G, J P, N)
+    carried = (c @ rows.mT).unflatten(4, (-1, x.shape[-1]))  # (B, C, G, Q, J, P)
 
-    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]  # (B, T, H, P)
-    return y + d[:, None] * x, running.flatten(1, 2)
+    from_start = torch.exp(total).permute(0, 1, 4, 2, 3)[..., None]
+    y = d.view(groups, -1, 1) * x + inside.permute(0, 1, 4, 2, 3, 5)  # (B, C, Q, G, J, P)
+    y = y + carried.transpose(2, 3) * from_start
+    return y.flatten(3, 4).flatten(1, 2)[:, :length], running.flatten(1, 2)
 
 
 def _into_chunks(x: Tensor, chunk: int) -> Tensor:

@@ -237,8 +237,9 @@ class NemotronNanoVL(nn.Module):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            has_images = pixel_values is not None and pixel_values.shape[0] > 0
-            features = self.encode_images(pixel_values) if has_images else None
+            features = None
+            if pixel_values is not None and pixel_values.shape[0] > 0:
+                features = self.encode_images(pixel_values)
             inputs_embeds = self.embed(input_ids, features)
         hidden, state = self.language_model.hidden_states(
             inputs_embeds, state=state, padding_mask=padding_mask

@@ -106,9 +106,9 @@ def test_forward_runs_only_while_a_row_is_unfinished(
     sizes: list[int] = []
     model_forward = model.forward
 
-    def counted(input_ids: Tensor, **kwargs: Any) -> Any:
-        sizes.append(input_ids.shape[0])
-        return model_forward(input_ids, **kwargs)
+    def counted(*inputs: Tensor, **named: Any) -> Any:
+        sizes.append((inputs[0] if inputs else named["inputs_embeds"]).shape[0])
+        return model_forward(*inputs, **named)
 
     monkeypatch.setattr(model, "forward", counted)
     stops = [free[0][2], free[1][4]]
@@ -207,6 +207,16 @@ def test_missing_tiles_are_refused(model: NemotronNanoVL) -> None:
 # --- thinking budget ----------------------------------------------------------------------------
 
 
+def test_image_token_in_an_answer_stands_for_no_image(
+    model: NemotronNanoVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_token = model.config.image_token_id
+    monkeypatch.setattr("nvvl.model.generate.choose_tokens", lambda *_: [image_token])
+    batch = left_pad(prompts_of(5))
+    answers = generate(model, batch, eos_token_id=NO_EOS, max_new_tokens=3)
+    assert answers == [[image_token] * 3]
+
+
 class Script:
     """Stands in for the model: says a text token by token, whatever it is fed."""
 
@@ -215,8 +225,9 @@ class Script:
         self.language_model = like.language_model
         self.place = 0
 
-    def __call__(self, input_ids: Tensor, **_: Any) -> Any:
-        logits = torch.zeros(input_ids.shape[0], 1, 304)
+    def __call__(self, inputs: Tensor | None = None, **named: Any) -> Any:
+        rows = named["inputs_embeds"] if inputs is None else inputs
+        logits = torch.zeros(rows.shape[0], 1, 304)
         logits[:, :, self.script[self.place]] = 1
         self.place += 1
         return type("Output", (), {"logits": logits, "state": ModelState([])})

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from nvvl.calib_data.drawing import MARGIN, Canvas, Color, Face, fit_face, mix, widest
+from nvvl.calib_data.drawing import Canvas, Color, Face, fit_face, mix, widest
 from nvvl.calib_data.forms import TITLE, Area, draw_title, inside
 from nvvl.calib_data.texts import Drawn, Source, Turn
 from nvvl.calib_data.words import belongs
@@ -72,7 +72,7 @@ def _compose_bars(source: Source, count: int, max_chars: int) -> Bars:
             if len(ticks) >= count:
                 values = rng.sample(ticks, count)
                 return Bars(labels, values, step * 8, step)
-    top = 10 ** rng.randint(2, 4)
+    top = 10 ** rng.randint(3, 4)  # few numbers of two digits are held out
     found: dict[int, None] = {}
     while len(found) < count:
         found[int(source.strings.keep(lambda: str(rng.randrange(top // 20, top))))] = None
@@ -103,7 +103,7 @@ def _ticks(bars: Bars) -> list[int]:
 
 
 def _draw_upright(source: Source, canvas: Canvas, area: Area, bars: Bars) -> None:
-    rng, palette = source.rng, canvas.palette
+    rng = source.rng
     left, top, right, bottom = area
     slot = (right - left - 40) // len(bars.labels)
     texts = [*bars.labels, *map(str, bars.values)]

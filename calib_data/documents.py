@@ -17,13 +17,15 @@ from PIL import Image
 
 from nvvl.calib_data.charts import draw_chart
 from nvvl.calib_data.drawing import Glyph, Split
-from nvvl.calib_data.forms import draw_card, draw_receipt, draw_table
+from nvvl.calib_data.forms import draw_card
 from nvvl.calib_data.pages import draw_page, draw_two_pages
+from nvvl.calib_data.tables import draw_receipt, draw_table
 from nvvl.calib_data.texts import Drawn, Source, draw_line, draw_text
 from nvvl.calib_data.videos import FPS, draw_video
 from nvvl.calib_data.wear import wear
 from nvvl.calib_data.words import Strings
 from nvvl.errors import DataError
+from nvvl.model.prompt import Message
 from nvvl.model.video import Video
 
 
@@ -60,9 +62,7 @@ _LAYOUTS: dict[str, Callable[[Source], Drawn]] = {
 KINDS = tuple(_LAYOUTS)
 
 
-def make_document(
-    kind: str, seed: int, *, split: Split, fonts: Split = "train"
-) -> Document:
+def make_document(kind: str, seed: int, *, split: Split, fonts: Split = "train") -> Document:
     """Generate one document.
 
     Args:
@@ -95,3 +95,13 @@ def make_document(
         glyphs=tuple(glyphs for _, glyphs in worn),
         video=Video(images, FPS, tuple(range(len(images)))) if drawn.is_video else None,
     )
+
+
+def document_messages(document: Document) -> list[Message]:
+    """Return every question and answer, with placeholders of the media in the first question."""
+    media = "<video>\n" if document.video else "<image>\n" * len(document.images)
+    messages: list[Message] = []
+    for question, answer in document.turns:
+        messages += [Message("user", media + question), Message("assistant", answer)]
+        media = ""
+    return messages

@@ -2,9 +2,9 @@
 
 A document must come out the same on every machine, so nothing depends on installed fonts or on
 text shaping libraries: the fonts are the ASCII subsets beside this file and Pillow's basic layout
-draws them. They carry no kerning, hence the width of a text is the sum of whole-pixel advances,
-which `Face` tabulates once per font and size; fitting a text to a width is then a sum, not a
-rendering.
+draws them. They carry no kerning, hence the width of a text is the sum of whole-pixel advances;
+`Face` tabulates those, and draws each glyph once per font and size, so that fitting a text is a
+sum and drawing it a series of stamps. (All fonts at all sizes take some 200 MB in the end.)
 """
 
 import json
@@ -65,42 +65,68 @@ def list_fonts(split: Split) -> dict[str, tuple[FontFile, ...]]:
     return {family: tuple(files) for family, files in sorted(families.items())}
 
 
+class _Stamp(NamedTuple):
+    """A character drawn once: its opacity, and where its corner lies from the pen."""
+
+    opacity: Image.Image
+    left: int
+    top: int
+
+
+class _Advances(dict[str, int]):
+    """Advance of each character in pixels, measured when first asked for."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont) -> None:
+        super().__init__()
+        self._font = font
+
+    def __missing__(self, char: str) -> int:
+        self[char] = advance = round(self._font.getlength(char))
+        return advance
+
+
+class _Stamps(dict[str, _Stamp]):
+    """Stamp of each character, drawn when first asked for."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont) -> None:
+        super().__init__()
+        self._font = font
+
+    def __missing__(self, char: str) -> _Stamp:
+        left, top, right, bottom = map(round, self._font.getbbox(char, anchor="ls"))
+        opacity = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(opacity).text((-left, -top), char, font=self._font, fill=255, anchor="ls")
+        self[char] = stamp = _Stamp(opacity, left, top)
+        return stamp
+
+
 class Face:
-    """A font at one size, with its glyph table.
+    """A font at one size. Widths are tabulated and glyphs drawn once, for speed.
 
     Attributes:
         ascent: Pixels of ink above the baseline, over all characters.
         descent: Pixels of ink below the baseline, over all characters.
+        advances: Character to its advance in pixels.
+        stamps: Character to its image.
     """
 
     def __init__(self, file: str, size: int) -> None:
-        self.file = file
         self.size = size
-        self.font = ImageFont.truetype(
-            str(FONTS / file), size, layout_engine=ImageFont.Layout.BASIC
-        )
-        box = self.font.getbbox(_EXTENT_SAMPLE, anchor="ls")
+        font = ImageFont.truetype(str(FONTS / file), size, layout_engine=ImageFont.Layout.BASIC)
+        box = font.getbbox(_EXTENT_SAMPLE, anchor="ls")
         self.ascent = round(-box[1])
         self.descent = round(box[3])
-        self._table: dict[str, tuple[int, tuple[int, int, int, int]]] = {}
+        self.advances = _Advances(font)
+        self.stamps = _Stamps(font)
 
     @property
     def height(self) -> int:
         """Pixels from the highest to the lowest ink."""
         return self.ascent + self.descent
 
-    def measure(self, char: str) -> tuple[int, tuple[int, int, int, int]]:
-        """Return the advance of a character, and its ink box relative to the pen."""
-        entry = self._table.get(char)
-        if entry is None:
-            left, top, right, bottom = self.font.getbbox(char, anchor="ls")
-            box = (round(left), round(top), round(right), round(bottom))
-            entry = self._table[char] = (round(self.font.getlength(char)), box)
-        return entry
-
     def width(self, text: str) -> int:
         """Return the advance width of a text in pixels."""
-        return sum(self.measure(char)[0] for char in text)
+        return sum(map(self.advances.__getitem__, text))
 
 
 @cache
@@ -127,6 +153,8 @@ def fit_size(width_at: Callable[[int], int], limit: int, size: int) -> int | Non
 
     Args:
         width_at: Gives the width in pixels at a font size; proportional to it but for rounding.
+        limit: Most pixels.
+        size: Largest font size.
 
     Returns:
         The size, or None if even `MIN_SIZE` is too wide.
@@ -205,19 +233,17 @@ class Canvas:
         """Height of the image in pixels."""
         return self.image.height
 
-    def text(
-        self, x: int, baseline: int, text: str, face: Face, color: Color | None = None
-    ) -> int:
+    def text(self, x: int, baseline: int, text: str, face: Face, color: Color | None = None) -> int:
         """Draw one line of text and return the x behind it."""
         fill = color or self.palette.ink
-        self.draw.text((x, baseline), text, font=face.font, fill=fill, anchor="ls")
         for char in text:
-            advance, (left, top, right, bottom) = face.measure(char)
             if char != " ":
-                self.glyphs.append(
-                    Glyph(char, x + left, baseline + top, x + right, baseline + bottom)
-                )
-            x += advance
+                opacity, left, top = face.stamps[char]
+                corner = x + left, baseline + top
+                self.draw.bitmap(corner, opacity, fill=fill)
+                end = corner[0] + opacity.width, corner[1] + opacity.height
+                self.glyphs.append(Glyph(char, *corner, *end))
+            x += face.advances[char]
         return x
 
     def text_right(

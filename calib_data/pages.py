@@ -2,18 +2,17 @@
 
 import random
 
-from nvvl.calib_data.drawing import MARGIN, Canvas, fit_face
+from nvvl.calib_data.drawing import MARGIN, Canvas
 from nvvl.calib_data.forms import (
     TITLE,
     Area,
     Row,
-    ask_cells,
     ask_value,
     draw_fields,
-    draw_grid,
     draw_title,
     inside,
 )
+from nvvl.calib_data.tables import ask_cells, draw_grid
 from nvvl.calib_data.texts import TILE, Drawn, Source, Turn, compose_paragraph
 
 _PAGE_SIZES = ((2 * TILE, 2 * TILE), (2 * TILE, 2 * TILE), (2 * TILE, TILE), (TILE, 2 * TILE))
@@ -65,10 +64,7 @@ def _draw_marked_line(source: Source, canvas: Canvas, area: Area) -> list[Turn]:
     """Draw one line in a frame or between rules, to be found among the rest."""
     rng = source.rng
     left, top, right, bottom = area
-    face = None
-    while face is None:
-        text = source.strings.line(6, 24)
-        face = fit_face(source.font(), [text], right - left - 16, rng.randint(14, 24))
+    text, face = source.fit(lambda: source.strings.line(6, 24), right - left - 16, sizes=(14, 24))
     height = face.height + 12
     y = rng.randint(top, bottom - height)
     x = left + rng.randint(0, right - left - face.width(text) - 16)

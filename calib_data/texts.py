@@ -1,6 +1,7 @@
 """Generated documents of running text: one line anywhere on a tile, and paragraphs."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nvvl.calib_data.drawing import (
@@ -15,7 +16,8 @@ from nvvl.calib_data.drawing import (
     fit_face,
     load_face,
 )
-from nvvl.calib_data.words import Strings, belongs, load_list
+from nvvl.calib_data.values import load_list
+from nvvl.calib_data.words import Strings, belongs
 
 TILE = 256
 READ = "Read the text."
@@ -49,6 +51,22 @@ class Source:
         """Draw a font, of certain kinds if any are given."""
         return choose_font(self.rng, self.fonts, kinds=kinds)
 
+    def fit(
+        self, draw: Callable[[], str], limit: int, *, sizes: tuple[int, int]
+    ) -> tuple[str, Face]:
+        """Draw texts and fonts until one is at most ``limit`` pixels wide.
+
+        Args:
+            draw: Draws a text.
+            limit: Most pixels.
+            sizes: Least and most of the wanted size; the face is smaller where the text is long.
+        """
+        while True:
+            text = draw()
+            face = fit_face(self.font(), [text], limit, self.rng.randint(*sizes))
+            if face is not None:
+                return text, face
+
     def canvas(self, width: int = TILE, height: int = TILE) -> Canvas:
         """Start an image with colours of its own."""
         return Canvas((width, height), choose_palette(self.rng))
@@ -58,11 +76,9 @@ def draw_line(source: Source) -> Drawn:
     """Draw one line of text at a random place."""
     rng = source.rng
     canvas = source.canvas()
-    width = canvas.width - 2 * MARGIN
-    face = None
-    while face is None:
-        text = source.strings.line(4, 28)
-        face = fit_face(source.font(), [text], width, rng.randint(13, 34))
+    text, face = source.fit(
+        lambda: source.strings.line(4, 28), canvas.width - 2 * MARGIN, sizes=(13, 34)
+    )
     length = face.width(text)
     x = rng.randint(MARGIN, canvas.width - MARGIN - length)
     y = rng.randint(MARGIN, canvas.height - MARGIN - face.height)
@@ -126,8 +142,7 @@ def _draw_words(source: Source, num_lines: int) -> list[str]:
         start = rng.randrange(len(lines) - num_lines - 1)
         words = " ".join(lines[start : start + num_lines + 2]).split()
         return words[rng.randrange(min(12, len(words) // 2)) :]
-    words = load_list("words.txt")
-    return [rng.choice(words) for _ in range(num_lines * 9)]
+    return [rng.choice(load_list("words.txt")) for _ in range(num_lines * 9)]
 
 
 def break_lines(words: list[str], face: Face, width: int) -> list[str]:

@@ -69,10 +69,7 @@ def draw_video(source: Source) -> Drawn:
 
 def _place_title(source: Source) -> tuple[str, _Text]:
     rng = source.rng
-    face = None
-    while face is None:
-        title = source.strings.title(20)
-        face = fit_face(source.font(), [title], TILE - 2 * MARGIN, rng.randint(16, 26))
+    title, face = source.fit(lambda: source.strings.title(20), TILE - 2 * MARGIN, sizes=(16, 26))
     x = rng.randint(MARGIN, TILE - MARGIN - face.width(title))
     at_top = rng.random() < 0.7
     return title, _Text(face, x, MARGIN if at_top else TILE - MARGIN - face.height)

@@ -37,6 +37,7 @@ class Face:
     split: str
     license: str
     package: str
+    copyright: str | None
 
 
 def read_faces(families: Path, root: Path) -> list[Face]:
@@ -56,6 +57,7 @@ def read_faces(families: Path, root: Path) -> list[Face]:
                     split=row["split"],
                     license=row["license"],
                     package=row["package"],
+                    copyright=row.get("copyright"),
                 )
             )
     return faces
@@ -63,11 +65,13 @@ def read_faces(families: Path, root: Path) -> list[Face]:
 
 def cut(face: Face, out: Path) -> int:
     """Write the ASCII subset of one face and return its size in bytes."""
-    font = TTFont(face.source)
-    missing = [chr(code) for code in PRINTABLE if code not in font.getBestCmap()]
+    font = TTFont(face.source, recalcTimestamp=False)  # the same bytes each time
+    missing = [chr(code) for code in PRINTABLE if code not in (font.getBestCmap() or {})]
     if missing:
         raise SystemExit(f"{face.source}: has no glyph for {''.join(missing)!r}")
-    copyright_notice = font["name"].getDebugName(COPYRIGHT) or face.license
+    copyright_notice = face.copyright or font["name"].getDebugName(COPYRIGHT)
+    if not copyright_notice:
+        raise SystemExit(f"{face.source}: has no copyright notice; give one in families.toml")
     options = subset.Options(
         hinting=False,
         layout_features=[],
@@ -102,8 +106,8 @@ def rename(font: TTFont, name: str, copyright_notice: str) -> None:
         cff = font["CFF "].cff
         cff.fontNames = [name]
         top = cff.topDictIndex[0]
-        for key in ("FullName", "FamilyName", "Notice", "Copyright", "version", "Weight"):
-            top.rawDict.pop(key, None)
+        for entry in ("FullName", "FamilyName", "Notice", "Copyright", "version", "Weight"):
+            top.rawDict.pop(entry, None)
         top.rawDict.update(FullName=family, FamilyName=family)
 
 

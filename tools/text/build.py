@@ -20,7 +20,10 @@ TRAIN_BOOKS = ("gen1:1-50:26", "1sam1:1-31:13", "prov1:1-31:31", "luke1:1-24:53"
 HELD_OUT_BOOKS = ("ruth1:1-4:22", "esther1:1-10:3", "jonah1:1-4:11")
 # a document generator has no business printing these
 UNWANTED = re.compile(
-    r"fuck|shit|cunt|nigg|whore|rape|slut|bitch|piss|fag|cock|dyke|porn|nazi|retard|nude|sex"
+    r"fuck|shit|cunt|nigg|whore|rape|slut|bitch|piss|fag|cock|dyke|porn|nazi|retard|nude|sex|ejac"
+    r"|violat|abus|masturb|breast|genital|penis|vagin|orgas|lynch|molest|racis|incest|pimp|^tits"
+    r"|boob|horny|naked|pubic|^anal$|^anus|scrot|testic|condom|bastard|^damn|circumc|erotic|suck"
+    r"|murder|suicid|terroris|tortur|slave|^hell$|negro|lesb|homosex|fart|turd|crap|^ass$"
 )
 
 

@@ -1,0 +1,74 @@
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from nvvl.calib_data.sources import jsonl_items
+from nvvl.calib_data.video_files import read_video
+from nvvl.errors import DataError
+
+
+def write_video(path: Path, num_frames: int, fps: int) -> Path:
+    """Write grey frames, each 8 levels brighter than the one before."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(num_frames):
+            pixels = np.full((48, 64, 3), 16 + 8 * index, dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def test_frames_are_sampled_twice_a_second(tmp_path: Path) -> None:
+    video = read_video(write_video(tmp_path / "a.mp4", num_frames=20, fps=10))
+    assert video.fps == 10.0
+    # two seconds: four frames, spread from the first to the last
+    assert video.frame_indices == (0, 6, 12, 19)
+    assert [frame.size for frame in video.frames] == [(64, 48)] * 4
+    levels = [frame.convert("L").getpixel((30, 20)) for frame in video.frames]
+    # lossy coding moves a flat grey by a level or two
+    assert levels == pytest.approx([16 + 8 * index for index in (0, 6, 12, 19)], abs=4)
+
+
+def test_jsonl_may_name_a_video(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=10, fps=5)
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"video": "a.mp4", "messages": [{"role": "user", "content": "What moves?"}]}')
+    (item,) = (source.load() for source in jsonl_items(path))
+    assert item.messages[0].content == "<video>\nWhat moves?"
+    assert len(item.videos[0].frames) == 4
+
+
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(b"no video at all" * 100)
+    with pytest.raises(DataError, match=r"bad.mp4: the video cannot be decoded"):
+        read_video(path)
+
+
+def test_file_without_video_track_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        frame.sample_rate = 8000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    with pytest.raises(DataError, match=r"sound.wav: no video track"):
+        read_video(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent.mp4: no such video file"):
+        read_video(tmp_path / "absent.mp4")
+
+
+def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"pip install 'nvvl\[video\]'"):
+        read_video(tmp_path / "a.mp4")

@@ -1,27 +1,37 @@
 """Prefill of nvvl against transformers' stock CPU forward, and against the machine's matrix rate.
 
-    python benchmarks/forward.py [--tokens 512] [--threads 2] [--runs 5] [--json]
+    python benchmarks/forward.py [--tokens 512] [--threads 2] [--rounds 7] [--json]
 
-Both sides run the same random 0.5 B hybrid language model in bfloat16 on the same tokens, in turn,
-in one process. The matrix rate is that of a bfloat16 product of the model's largest linear shape;
-the fraction counts the floating-point operations of the linear layers alone, over the whole time.
-Logits of both sides are compared before anything is timed.
+Both sides run the same random 0.5 B hybrid language model in bfloat16 on the same tokens, in one
+process. The matrix rate is that of a bfloat16 product of the model's largest linear shape; the
+fraction counts the floating-point operations of the linear layers alone, over the whole time.
+
+Every round times nvvl, the matrix product and transformers one after the other. Ratios are taken
+within a round and their median is reported, so that slow changes of load fall on both sides of a
+ratio. With one thread the clock is that thread's CPU time, which load elsewhere changes little;
+with more it is wall time, and waiting for a thread that another process keeps from running can
+cost more than the work: look at ``speedup_range`` and ``load_before``. Logits are compared before
+anything is timed.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nvvl.model.config import LanguageConfig
 from nvvl.model.vlm import LanguageModel
 
-HALF_BILLION = {
+HALF_BILLION: dict[str, Any] = {
     "vocab_size": 16384,
     "hidden_size": 2048,
     "hybrid_override_pattern": "M-M-M*-M-M-M*-M-M",
@@ -56,33 +66,53 @@ def make_pair() -> tuple[LanguageModel, NemotronHForCausalLM]:
     return ours.eval(), stock
 
 
-def matrix_rate(tokens: int) -> float:
-    """Return the machine's bfloat16 matrix rate in FLOP/s at the size of the MLP's linears."""
-    linear = nn.Linear(
-        HALF_BILLION["hidden_size"], HALF_BILLION["intermediate_size"], bias=False
-    ).to(torch.bfloat16)
-    x = torch.randn(tokens, linear.in_features, dtype=torch.bfloat16)
-    seconds = min(timed(lambda: linear(x)) for _ in range(30))
-    return 2 * tokens * linear.weight.numel() / seconds
+def make_matrix_product(tokens: int) -> tuple[Callable[[], object], int]:
+    """Return a call that does bfloat16 products of the MLP's shape, and its FLOP."""
+    hidden, inner = HALF_BILLION["hidden_size"], HALF_BILLION["intermediate_size"]
+    linear = nn.Linear(hidden, inner, bias=False).to(torch.bfloat16)
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+    repeats = 10
+
+    def run() -> None:
+        for _ in range(repeats):
+            linear(x)
+
+    return run, repeats * 2 * tokens * hidden * inner
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the wall seconds of one call."""
-    start = time.perf_counter()
+    """Return the seconds of one call: CPU time of one thread, wall time of several."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def describe_machine() -> dict[str, object]:
+    """Say what the figures were measured on, with the load of the minute before."""
+    cpu = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": "thread CPU time" if torch.get_num_threads() == 1 else "wall time",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def measure(tokens: int, rounds: int) -> dict[str, object]:
+    """Time both models and the matrix product in turn, see the module docstring."""
     ours, stock = make_pair()
-    ids = torch.randint(0, HALF_BILLION["vocab_size"], (1, arguments.tokens))
+    ids = torch.randint(0, HALF_BILLION["vocab_size"], (1, tokens))
+    multiply, multiply_flops = make_matrix_product(tokens)
 
     def run_ours() -> torch.Tensor:
         hidden, _ = ours.hidden_states(ours.backbone.embeddings(ids))
@@ -92,28 +122,57 @@ def main() -> None:
         return stock(ids, use_cache=False).logits
 
     with torch.inference_mode():
-        error = (run_ours() - run_stock()).float().norm() / run_stock().float().norm()
-        pairs = [(timed(run_ours), timed(run_stock)) for _ in range(arguments.runs)]
-        rate = matrix_rate(arguments.tokens)
-    linears = [m for m in ours.modules() if isinstance(m, nn.Linear)]
-    flops = 2 * arguments.tokens * sum(linear.weight.numel() for linear in linears)
-    ours_s, stock_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-    result = {
-        "tokens": arguments.tokens,
-        "threads": arguments.threads,
+        expected = run_stock().float()
+        error = (run_ours().float() - expected).norm() / expected.norm()
+        multiply()
+        times = [(timed(run_ours), timed(multiply), timed(run_stock)) for _ in range(rounds)]
+    linears = [module for module in ours.modules() if isinstance(module, nn.Linear)]
+    flops = 2 * tokens * sum(linear.weight.numel() for linear in linears)
+    share = flops / multiply_flops  # matrix products' time x share = the linears at full rate
+    ours_s, product_s, stock_s = (statistics.median(side) for side in zip(*times, strict=True))
+    speedups = [theirs / own for own, _, theirs in times]
+    return {
+        "tokens": tokens,
+        "rounds": rounds,
         "relative_logit_difference": float(error),
-        "nvvl_tokens_per_s": arguments.tokens / ours_s,
-        "transformers_tokens_per_s": arguments.tokens / stock_s,
-        "speedup": statistics.median(theirs / own for own, theirs in pairs),
-        "matrix_rate_gflops": rate / 1e9,
-        "nvvl_fraction_of_matrix_rate": flops / ours_s / rate,
-        "transformers_fraction_of_matrix_rate": flops / stock_s / rate,
+        "nvvl_tokens_per_s": tokens / ours_s,
+        "transformers_tokens_per_s": tokens / stock_s,
+        "speedup": statistics.median(speedups),
+        "speedup_range": [min(speedups), max(speedups)],
+        "matrix_rate_gflops": multiply_flops / product_s / 1e9,
+        "nvvl_fraction_of_matrix_rate": statistics.median(
+            share * product / own for own, product, _ in times
+        ),
+        "transformers_fraction_of_matrix_rate": statistics.median(
+            share * product / theirs for _, product, theirs in times
+        ),
     }
+
+
+def main() -> None:
+    """Parse the options, measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = describe_machine() | measure(arguments.tokens, arguments.rounds)
     if arguments.json:
         print(json.dumps(result))
         return
     for key, value in result.items():
-        print(f"{key:38} {value:.4g}")
+        print(f"{key:38} {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Format a figure, a list of figures or a word for the table."""
+    if isinstance(value, list):
+        return " to ".join(shown(part) for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Compile a C file at first use and load it, so that installing nvvl needs no compiler.
+
+The shared library is kept in ``${XDG_CACHE_HOME:-~/.cache}/nvvl/`` under a name that hashes the
+source, the flags, the processor and nvvl's version: a home directory shared by unlike machines
+holds one file for each, and an update never loads an old one. It is written beside its final name
+and renamed, so that processes that start together cannot load half a file.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nvvl
+from nvvl.errors import HardwareError
+
+# No -ffast-math and no contraction into fused multiply-adds: the kernels promise exact bits. The
+# two -fno- flags only say that errno and floating-point traps are not looked at, which lets loops
+# vectorize.
+_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# For this processor if the compiler knows how to; some compilers lack the option.
+_FLAG_SETS = ((*_FLAGS, "-march=native"), _FLAGS)
+_TIMEOUT_S = 120
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """Load the shared library of a C file, compiling it unless the cache has it.
+
+    The compiler is ``$CC``, or else ``cc``.
+
+    Raises:
+        HardwareError: If there is no compiler, it fails, or the cache cannot be written or loaded.
+    """
+    path = _cache_folder() / f"{source.stem}-{_digest(source)}.so"
+    try:
+        if not path.exists():
+            _compile(source, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise HardwareError(
+            f"{path}: a compiled library could not be kept or loaded there ({error}); "
+            "set XDG_CACHE_HOME to a folder that can be written and run from"
+        ) from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "nvvl"
+
+
+def _digest(source: Path) -> str:
+    parts = (source.read_bytes(), repr(_FLAG_SETS), _processor(), nvvl.__version__)
+    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Describe what -march=native depends on: architecture, model and instruction sets."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({x for x in lines if x.startswith(wanted)}))
+
+
+def _compile(source: Path, path: Path) -> None:
+    command = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(command[0]) is None:
+        raise HardwareError(f"no C compiler: {command[0]} is not on PATH; install gcc or clang")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    message = ""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for flags in _FLAG_SETS:
+            message = _run_compiler([*command, *flags, "-o", str(built), str(source)])
+            if not message:
+                built.replace(path)
+                return
+    raise HardwareError(f"{command[0]} could not compile {source.name}: {message}")
+
+
+def _run_compiler(command: list[str]) -> str:
+    """Return an empty string, or the last line the compiler said if it failed."""
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except subprocess.CalledProcessError as error:
+        return (str(error.stderr).strip().splitlines() or ["no message"])[-1]
+    except subprocess.TimeoutExpired:
+        return f"no result after {_TIMEOUT_S} s"
+    return ""

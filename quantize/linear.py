@@ -1,0 +1,74 @@
+"""A linear as a quantized checkpoint stores it, and the arithmetic servers do with it.
+
+The tensors are buffers with the names and dtypes they have on disk. The weight is dequantized once,
+after loading; inputs are quantized and dequantized on every call, with the stored scale. Products
+are then formed in the compute dtype, which is what a simulation on a CPU can do: it has the
+rounding of the format, not the speed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvvl.model.safetensors_io import torch_dtypes
+from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize.layout import linear_tensors
+from nvvl.quantize.recipe import Format
+from nvvl.quantize.targets import LinearShape
+
+
+class QuantizedLinear(nn.Module):
+    """``y = q(x) W^T`` with W from packed codes and q the rounding of the input format.
+
+    Attributes:
+        linear_format: Format of weight and input.
+        in_features: K.
+        out_features: N.
+        dense_weight: (N, K) dequantized weight, after `prepare`; not part of the state.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scale_2: Tensor
+    input_scale: Tensor
+    dense_weight: Tensor | None
+
+    def __init__(self, shape: LinearShape, linear_format: Format) -> None:
+        super().__init__()
+        self.linear_format = linear_format
+        self.out_features, self.in_features = shape
+        for spec in linear_tensors("", shape, linear_format):
+            empty = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype])
+            self.register_buffer(spec.name.removeprefix("."), empty)
+        self.register_buffer("dense_weight", None, persistent=False)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Dequantize the weight, once its tensors are loaded.
+
+        Args:
+            dtype: Of the products: bfloat16, float16 or float32.
+        """
+        if self.linear_format == "fp8":
+            self.dense_weight = fp8.dequantize(self.weight, self.weight_scale, dtype)
+        else:
+            self.dense_weight = nvfp4.dequantize(
+                self.weight, self.weight_scale, self.weight_scale_2, dtype
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` (..., K) to (..., N).
+
+        Raises:
+            RuntimeError: if `prepare` was not called.
+        """
+        if self.dense_weight is None:
+            raise RuntimeError("QuantizedLinear: call prepare() after loading its tensors")
+        if self.linear_format == "fp8":
+            x = fp8.fake_quantize(x, self.input_scale)
+        elif self.linear_format == "nvfp4":
+            x = nvfp4.fake_quantize(x, self.input_scale)
+        return F.linear(x, self.dense_weight)
+
+    def extra_repr(self) -> str:
+        """Say shape and format."""
+        return f"{self.in_features}, {self.out_features}, {self.linear_format}"

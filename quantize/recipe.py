@@ -1,0 +1,178 @@
+"""The recipe: which linears become which format, and how their scales are found.
+
+A recipe is a frozen dataclass, and a TOML file maps to it one to one: no imports, no
+interpolation, no environment. An unknown key is an error that names the nearest known one, because
+a misspelt setting that is silently skipped would quantize something else than was asked for. The
+recipe in force is written beside every output.
+
+    name = "nvfp4"
+    num_calibration_items = 1024
+
+    [[rules]]                # the first rule that matches a linear decides; the rest stays BF16
+    target = "language_model.backbone.layers.*.mixer.*"
+    format = "nvfp4"
+
+Which linears exist, and which of them a rule matches, is in ``nvvl.quantize.targets``.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nvvl.errors import RecipeError
+
+Format = Literal["bf16", "fp8", "nvfp4", "nvfp4-w4a16"]
+Algorithm = Literal["max"]
+
+FORMATS: tuple[str, ...] = get_args(Format)
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+
+# The formats whose inputs are quantized too, with a scale that calibration has to find.
+CALIBRATED_FORMATS: tuple[Format, ...] = ("fp8", "nvfp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of a recipe: linears whose name matches get a format.
+
+    Attributes:
+        target: Glob on the fully qualified module name, case-sensitive, ``*`` crosses dots.
+        format: What the matched linears become; ``bf16`` leaves them as they are.
+        layers: Layers the rule is for, negative ones counted from the last; empty means all.
+    """
+
+    target: str
+    format: Format
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_type(self.target, str, "rules.target")
+        if not self.target:
+            raise RecipeError("rules.target: required a pattern, got an empty string")
+        _require_choice(self.format, FORMATS, "rules.format")
+        for layer in self.layers:
+            _require_type(layer, int, "rules.layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the bytes of a quantized checkpoint, besides model and data.
+
+    Attributes:
+        name: Shown in reports.
+        rules: Tried in order, the first match decides; a linear without a match stays BF16.
+        algorithm: How an amax is found: ``max`` takes the largest magnitude observed.
+        num_calibration_items: Items asked of a calibration set that can make any number.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    algorithm: Algorithm = "max"
+    num_calibration_items: int = 1024
+
+    def __post_init__(self) -> None:
+        _require_type(self.name, str, "name")
+        if not self.rules:
+            raise RecipeError(f"{self.name}: required at least one rule, got none")
+        _require_choice(self.algorithm, ALGORITHMS, "algorithm")
+        _require_type(self.num_calibration_items, int, "num_calibration_items")
+        if self.num_calibration_items < 1:
+            raise RecipeError(
+                f"num_calibration_items: required at least 1, got {self.num_calibration_items}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Build a recipe from nested plain values.
+
+        Raises:
+            RecipeError: if a key is unknown or missing, or a value is impossible.
+        """
+        fields = _known_fields(cls, values, "recipe")
+        rules = fields.get("rules", ())
+        if not isinstance(rules, list | tuple) or not all(isinstance(r, Mapping) for r in rules):
+            raise RecipeError("rules: required a list of tables ([[rules]])")
+        fields["rules"] = tuple(_rule_from_dict(rule) for rule in rules)
+        return cls(**fields)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: if the file is missing, is not TOML, or as `from_dict`.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not valid TOML ({error})") from None
+        try:
+            return cls.from_dict(values)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `from_dict` and JSON take."""
+        rules = []
+        for rule in self.rules:
+            values = dataclasses.asdict(rule) | {"layers": list(rule.layers)}
+            rules.append({key: value for key, value in values.items() if value != []})
+        return dataclasses.asdict(self) | {"rules": rules}
+
+    def to_toml(self) -> str:
+        """Return the text of a file that `from_toml` reads back to an equal recipe."""
+        values = self.to_dict()
+        rules = values.pop("rules")
+        # JSON strings, integers and lists of integers are valid TOML as they stand
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        for rule in rules:
+            lines += ["", "[[rules]]", *(f"{key} = {json.dumps(v)}" for key, v in rule.items())]
+        return "\n".join(lines) + "\n"
+
+
+def near_names(name: str, known: list[str]) -> str:
+    """Return a hint ``; did you mean a, b`` for a name that is not known, or nothing."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}" if near else ""
+
+
+def _rule_from_dict(values: Mapping[str, Any]) -> Rule:
+    fields = _known_fields(Rule, values, "rules")
+    layers = fields.get("layers", ())
+    if not isinstance(layers, list | tuple):
+        raise RecipeError(f"rules.layers: required a list of integers, got {layers!r}")
+    fields["layers"] = tuple(layers)
+    return Rule(**fields)
+
+
+def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise RecipeError(f"{where}: unknown key {key!r}{near_names(key, list(fields))}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise RecipeError(f"{where}: missing {', '.join(missing)}")
+    return dict(values)
+
+
+def _require_type(value: object, kind: type, where: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecipeError(f"{where}: required {kind.__name__}, got {value!r}")
+
+
+def _require_choice(value: object, choices: tuple[str, ...], where: str) -> None:
+    if value not in choices:
+        hint = near_names(value, list(choices)) if isinstance(value, str) else ""
+        raise RecipeError(f"{where}: required one of {', '.join(choices)}, got {value!r}{hint}")

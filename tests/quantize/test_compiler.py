@@ -1,0 +1,77 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nvvl.errors import HardwareError
+from nvvl.quantize import compiler
+from nvvl.quantize.compiler import load_library
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A C file, with the cache in tmp_path / "cache"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    path = tmp_path / "answer.c"
+    path.write_text("int answer(void) { return 42; }\n")
+    return path
+
+
+def cached(source: Path) -> list[Path]:
+    return sorted((source.parent / "cache" / "nvvl").iterdir())
+
+
+@needs_compiler
+def test_second_load_uses_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_library(source).answer() == 42
+    (library,) = cached(source)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert load_library(source).answer() == 42
+    assert cached(source) == [library]
+
+
+@needs_compiler
+def test_changed_source_is_compiled_anew(source: Path) -> None:
+    load_library(source)
+    source.write_text("int answer(void) { return 43; }\n")
+    assert load_library(source).answer() == 43
+    assert len(cached(source)) == 2
+
+
+@needs_compiler
+def test_compiler_error_is_reported_and_leaves_nothing(source: Path) -> None:
+    source.write_text("this is not C\n")
+    with pytest.raises(HardwareError, match=r"cc could not compile answer\.c"):
+        load_library(source)
+    assert cached(source) == []
+
+
+def test_missing_compiler_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O3")
+    with pytest.raises(HardwareError, match="no C compiler: no-such-compiler is not on PATH"):
+        load_library(source)
+
+
+@needs_compiler
+def test_compiler_may_have_arguments(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -Dunused=1")
+    assert load_library(source).answer() == 42
+
+
+@needs_compiler
+def test_unwritable_cache_names_the_way_out(source: Path) -> None:
+    (source.parent / "cache").write_text("a file where the folder should be")
+    with pytest.raises(HardwareError, match="set XDG_CACHE_HOME"):
+        load_library(source)
+
+
+@needs_compiler
+def test_damaged_library_names_its_path(source: Path) -> None:
+    library = compiler._cache_folder() / f"answer-{compiler._digest(source)}.so"
+    library.parent.mkdir(parents=True)
+    library.write_text("not a library")
+    with pytest.raises(HardwareError, match=library.name):
+        load_library(source)

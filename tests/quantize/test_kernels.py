@@ -1,0 +1,221 @@
+import shutil
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvvl.errors import HardwareError
+from nvvl.quantize import fp8, kernels, nvfp4
+from nvvl.quantize.kernels import Kernels, Variant
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = [torch.bfloat16, torch.float32]
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture(params=["portable", "avx512"])
+def fast(request: pytest.FixtureRequest) -> Kernels:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler on this machine")
+    variant: Variant = request.param
+    try:
+        return kernels.load(variant)
+    except HardwareError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make nvvl.quantize.nvfp4 and fp8 the plain torch code."""
+    monkeypatch.setenv("NVVL_KERNELS", "plain")
+
+
+@pytest.fixture
+def no_memory_of_kernels() -> Iterator[None]:
+    """Forget loaded kernels, so that they are looked for again."""
+    kernels._load_or_warn.cache_clear()
+    yield
+    kernels._load_or_warn.cache_clear()
+
+
+def random_bits(dtype: torch.dtype, count: int, *, nan: bool) -> torch.Tensor:
+    """Floats of every exponent and sign, subnormals and infinities too."""
+    g = torch.Generator().manual_seed(4)
+    if dtype == torch.bfloat16:
+        raw = torch.randint(-(2**15), 2**15, (count,), generator=g).to(torch.int16)
+    else:
+        raw = torch.randint(-(2**31), 2**31, (count,), generator=g).to(torch.int32)
+    x = raw.view(dtype)
+    return x if nan else x.masked_fill(x.isnan(), 0.0)
+
+
+def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return {
+        "bits": random_bits(dtype, 16 * 1021, nan=False),
+        "bits with nan": random_bits(dtype, 16 * 1021, nan=True),
+        "normal": torch.randn(16 * 1021, generator=g).to(dtype),
+        "ties": ((torch.randn(16 * 1021, generator=g) * 16).round() / 8).to(dtype),
+        "every bfloat16": torch.arange(2**16).to(torch.int16).view(torch.bfloat16).to(dtype),
+        "one block": torch.randn(16, generator=g).to(dtype),
+    }
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, except for the payload of a NaN that is not an FP8 code."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.dtype.itemsize]
+    if expected.dtype in DTYPES:
+        assert torch.equal(actual.isnan(), expected.isnan())
+        actual = actual.masked_fill(actual.isnan(), 0.0)
+        expected = expected.masked_fill(expected.isnan(), 0.0)
+    assert torch.equal(actual.view(width), expected.view(width))
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(inputs(torch.float32)))
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-4, 2.0**-126, 2.0**119])
+def test_nvfp4_kernels_agree_with_plain_torch(
+    fast: Kernels, scale: float, case: str, dtype: torch.dtype
+) -> None:
+    x, tensor_scale = inputs(dtype)[case], torch.tensor(scale)
+    packed, block_scale = nvfp4.quantize(x, tensor_scale)
+    for actual, expected in zip(
+        fast.nvfp4_quantize(x, float(tensor_scale)), (packed, block_scale), strict=True
+    ):
+        assert_same(actual, expected)
+    values = nvfp4.dequantize(packed, block_scale, tensor_scale, dtype)
+    assert_same(fast.nvfp4_dequantize(packed, block_scale, float(tensor_scale), dtype), values)
+    assert_same(fast.nvfp4_fake_quantize(x, float(tensor_scale)), values)
+
+
+@pytest.mark.usefixtures("plain")
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(inputs(torch.float32)))
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-4, 2.0**-126, 2.0**119])
+def test_fp8_kernels_agree_with_plain_torch(scale: float, case: str, dtype: torch.dtype) -> None:
+    fast = kernels.load("portable")
+    x, tensor_scale = inputs(dtype)[case], torch.tensor(scale)
+    codes = fp8.quantize(x, tensor_scale)
+    values = fp8.dequantize(codes, tensor_scale, dtype)
+    assert_same(fast.fp8_quantize(x, float(tensor_scale)), codes)
+    assert_same(fast.fp8_dequantize(codes, float(tensor_scale), dtype), values)
+    assert_same(fast.fp8_fake_quantize(x, float(tensor_scale)), values)
+
+
+@pytest.mark.parametrize("wanted", ["plain", "auto"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, -0.0], 0.0),
+        ([1.0, -3.0, 2.0], 3.0),
+        ([0.5] * 99 + [-4.0], 4.0),
+        ([1.0, -INF], INF),
+        ([INF, NAN, 1.0], NAN),
+        ([-NAN], NAN),
+        ([2.0**-14], 2.0**-14),
+    ],
+)
+def test_amax(
+    values: list[float],
+    expected: float,
+    dtype: torch.dtype,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NVVL_KERNELS", wanted)
+    found = kernels.amax(torch.tensor(values, dtype=dtype))
+    assert (found.dtype, found.shape) == (torch.float32, ())
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def test_amax_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one element was expected, got shape \[0, 4\]"):
+        kernels.amax(torch.zeros(0, 4))
+
+
+def test_threads_give_the_same_bytes(fast: Kernels) -> None:
+    x = torch.randn(1031, 16 * 67, generator=torch.Generator().manual_seed(6)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        packed, block_scale = fast.nvfp4_quantize(x, 1e-3)
+        codes, found = fast.fp8_quantize(x, 1e-2), fast.amax(x)
+        torch.set_num_threads(2)
+        actual = fast.nvfp4_quantize(x, 1e-3)
+        assert_same(actual[0], packed)
+        assert_same(actual[1], block_scale)
+        assert_same(fast.fp8_quantize(x, 1e-2), codes)
+        assert fast.amax(x) == found
+    finally:
+        torch.set_num_threads(before)
+
+
+def ranges(units: int) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+    kernels._split(units, 1, lambda start, stop: seen.append((start, stop)))
+    return sorted(seen)
+
+
+def test_split_covers_every_unit_once() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for units in (1, 16, 1 << 19, (1 << 21) + 5):
+            seen = ranges(units)
+            assert (seen[0][0], seen[-1][1]) == (0, units)
+            assert all(a[1] == b[0] for a, b in pairwise(seen))
+            assert len(seen) == (1 if units <= 1 << 19 else 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_plain_cpu_tensors_are_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(kernels, "active", lambda: "the kernels")
+    x = torch.zeros(16)
+    assert kernels.pick(x, x.dtype) is not None
+    assert kernels.pick(torch.nn.Parameter(x), torch.bfloat16) is not None
+    assert kernels.pick(x, torch.float16) is None
+    assert kernels.pick(x.as_subclass(Wrapped), x.dtype) is None
+    assert kernels.pick(x.to("meta"), x.dtype) is None
+
+
+def test_environment_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVVL_KERNELS", "plain")
+    assert kernels.active() is None
+    monkeypatch.setenv("NVVL_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="auto, portable or plain was expected, got 'fastest'"):
+        kernels.active()
+
+
+@needs_compiler
+def test_portable_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVVL_KERNELS", "portable")
+    chosen = kernels.active()
+    assert chosen is not None
+    assert chosen.variant == "portable"
+
+
+@pytest.mark.usefixtures("no_memory_of_kernels")
+def test_without_a_compiler_it_warns_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.delenv("NVVL_KERNELS", raising=False)
+    x = torch.ones(1, 16)
+    with pytest.warns(UserWarning, match="plain torch.*no-such-compiler is not on PATH"):
+        packed, _ = nvfp4.quantize(x, torch.tensor(1 / 6))
+    assert packed.tolist() == [[0x77] * 8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nvfp4.quantize(x, torch.tensor(1 / 6))

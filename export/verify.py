@@ -1,0 +1,146 @@
+"""Proof of a written checkpoint: the folder is read again by code that had no part in writing it.
+
+    structure  the serving contract, rule by rule              server_rules.py
+    values     codes and scales made again from the source     value_proof.py
+    hashes     every tensor and file against manifest.json     hash_proof.py
+    logits     the reloaded model against the calibrated one   logits_proof.py
+
+Weights are read one tensor at a time, so memory does not grow with the model; only the logits need
+two whole models and can be left out. What could not be checked is reported as such and is never
+counted as passed. Verifying writes nothing into the folder: the folder is what is proved.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvvl.errors import CheckpointError, OutputError
+from nvvl.export.checks import Check, judge, not_checked
+from nvvl.export.logits_proof import LOGITS, prove_logits
+from nvvl.export.server_rules import check_server_rules
+from nvvl.export.tensor_proof import Progress, prove_tensors
+from nvvl.export.view import open_view
+
+if TYPE_CHECKING:
+    from nvvl.calib_data.items import Item
+
+_READABLE = ("A1", "files can be read")
+
+# Rules about server configs; a checkpoint that breaks only these still loads here.
+_CONFIG_RULES = ("C", "E")
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Every check of one folder.
+
+    Attributes:
+        folder: What was proved.
+        source: What it was proved against, or None.
+        checks: In the order of the rules.
+        sqnr_db: Signal to quantization noise of each dequantized weight against the source, by
+            module name.
+    """
+
+    folder: Path
+    source: Path | None
+    checks: tuple[Check, ...]
+    sqnr_db: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed; checks that could not run do not fail."""
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def failed_checks(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {
+            "folder": str(self.folder),
+            "source": None if self.source is None else str(self.source),
+            "passed": self.passed,
+            "counts": self._counts(),
+            "checks": [check.to_dict() for check in self.checks],
+            # JSON has no infinity: null is a weight that lost nothing, or everything
+            "sqnr_db": {
+                fqn: value if math.isfinite(value) else None for fqn, value in self.sqnr_db.items()
+            },
+        }
+
+    def summary_lines(self) -> list[str]:
+        """Return what a reader needs: every failure, everything not checked, and the counts."""
+        lines = [
+            f"{check.status}: {check.rule} {check.name}: {check.detail}"
+            for check in self.checks
+            if check.passed is not True
+        ]
+        counts = ", ".join(f"{count} {status}" for status, count in self._counts().items())
+        return [
+            *lines,
+            f"{self.folder}: {'verified' if self.passed else 'NOT verified'} ({counts})",
+        ]
+
+    def write_report(self, path: Path) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def _counts(self) -> dict[str, int]:
+        statuses = [check.status for check in self.checks]
+        return {status: statuses.count(status) for status in ("passed", "failed", "not checked")}
+
+
+def verify(
+    out: Path,
+    source: Path | None = None,
+    *,
+    logits: bool = True,
+    probe_items: "Sequence[Item] | None" = None,
+    progress: Progress | None = None,
+) -> VerificationReport:
+    """Prove a written checkpoint.
+
+    Args:
+        out: the folder to prove.
+        source: the BF16 checkpoint it was made from; without it, what needs it is not checked.
+        logits: whether to run both models; needs memory for two of them.
+        probe_items: items the logits are compared on; a few of the default set if None.
+        progress: called as tensors are read.
+
+    Returns:
+        The report; faults in ``out`` are failed checks, not exceptions.
+
+    Raises:
+        CheckpointError: if ``out`` is not a folder, or ``source`` cannot be read.
+    """
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: no such folder; give the folder of a checkpoint")
+    source_view = None if source is None else open_view(source)
+    try:
+        view = open_view(out, source=source_view)
+    except CheckpointError as fault:
+        return VerificationReport(out, source, (judge(*_READABLE, [str(fault)]),))
+    tensors = prove_tensors(view, progress=progress)
+    checks = [judge(*_READABLE, ()), *check_server_rules(view), *tensors.checks]
+    if not logits:
+        checks.append(not_checked(*LOGITS, "left out on request"))
+    elif any(c.passed is False and not c.rule.startswith(_CONFIG_RULES) for c in checks):
+        checks.append(not_checked(*LOGITS, "tensors failed their checks, so logits must differ"))
+    elif source is None:
+        checks.append(not_checked(*LOGITS, "needs the source"))
+    else:
+        checks.append(prove_logits(out, source, probe_items=probe_items))
+    return VerificationReport(out, source, tuple(checks), tensors.sqnr_db)

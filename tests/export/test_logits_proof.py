@@ -1,0 +1,103 @@
+"""The written model and the calibrated one agree bit for bit, and a difference is located."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from nvvl.calib_data.items import Item
+from nvvl.export.logits_proof import prove_logits
+from nvvl.export.verify import verify
+from nvvl.model.prompt import Message
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.walk import quantize_checkpoint
+
+Folders = Callable[[str], Path]
+
+UP_PROJ = "language_model.backbone.layers.6.mixer.up_proj"
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[Item]:
+    picture = Image.frombytes("RGB", (48, 32), bytes(range(256)) * 18)
+    question = Message("user", "<image>\nread the text")
+    return [
+        Item("picture", (question, Message("assistant", "the thing")), images=(picture,)),
+        Item("text", (Message("user", "the sum of two and two"),)),
+    ]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_the_walk_writes_passes_every_check(
+    source: Path, probes: list[Item], tmp_path: Path, preset: str
+) -> None:
+    out = tmp_path / "out"
+    quantize_checkpoint(source, out, PRESETS[preset](), SimpleNamespace(items=tuple(probes)))
+    report = verify(out, source, probe_items=probes)
+    assert report.passed, report.summary_lines()
+    assert report.checks[-1].passed is True
+    assert {check.rule for check in report.checks if check.passed is None} <= {"C9"}
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4", "nvfp4-w4a16", "mixed"])
+def test_sound_folder_gives_the_calibrated_models_logits(
+    written: Folders, source: Path, probes: list[Item], scheme: str
+) -> None:
+    report = verify(written(scheme), source, probe_items=probes)
+    logits = report.checks[-1]
+    assert (logits.rule, logits.status) == ("L1", "passed")
+    assert logits.detail.startswith("2 items, ")
+    assert report.passed
+
+
+@pytest.mark.parametrize(("key", "factor"), [("weight_amax", 1.25), ("input_amax", 0.25)])
+def test_first_module_that_differs_is_named(
+    copy_of: Folders, source: Path, probes: list[Item], key: str, factor: float
+) -> None:
+    out = copy_of("nvfp4")
+    path = out / "calibration.safetensors"
+    amaxes = load_file(path)
+    amaxes[f"{UP_PROJ}.{key}"] *= factor
+    save_file(amaxes, path)
+    check = prove_logits(out, source, probe_items=probes)
+    assert check.passed is False
+    assert len(check.faults) == 2
+    assert all(fault.endswith(f"first at {UP_PROJ}") for fault in check.faults)
+
+
+def test_linear_that_one_model_alone_quantizes_is_named(
+    copy_of: Folders, source: Path, probes: list[Item]
+) -> None:
+    out = copy_of("fp8")
+    recipe = json.loads((out / "recipe.json").read_text())
+    recipe["formats"][UP_PROJ] = "bf16"
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    amaxes = load_file(out / "calibration.safetensors")
+    kept = {name: amax for name, amax in amaxes.items() if UP_PROJ not in name}
+    save_file(kept, out / "calibration.safetensors")
+    check = prove_logits(out, source, probe_items=probes)
+    assert UP_PROJ in check.detail
+
+
+def test_folder_that_does_not_load_fails_with_the_reason(
+    copy_of: Folders, source: Path, probes: list[Item]
+) -> None:
+    out = copy_of("fp8")
+    (out / "recipe.json").unlink()
+    check = prove_logits(out, source, probe_items=probes)
+    assert check.passed is False
+    assert "recipe.json" in check.detail
+
+
+def test_logits_are_not_compared_where_tensors_failed(
+    copy_of: Folders, source: Path, probes: list[Item]
+) -> None:
+    out = copy_of("fp8")
+    (out / "manifest.json").write_text("{}")
+    logits = verify(out, source, probe_items=probes).checks[-1]
+    assert (logits.rule, logits.status) == ("L1", "not checked")
+    assert "failed" in logits.detail

@@ -1,0 +1,268 @@
+"""Turn the answers of several runs into one comparison.
+
+Every run must have been asked the same items (equal hashes), so each difference is taken item by
+item. Numbers come with the interval that their item count allows: Wilson's for exact match, a
+bootstrap over items for everything else. KL is averaged over the tokens of an answer first and
+over items then, so long answers do not outweigh short ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvvl
+from nvvl.errors import DataError
+from nvvl.reports.compare import (
+    Interval,
+    bootstrap_intervals,
+    mcnemar_test,
+    paired_difference,
+    recovery_percent,
+    wilson_interval,
+)
+from nvvl.reports.run import Answer, RunResult, load_run
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A run against the baseline, on the same items.
+
+    Attributes:
+        score: difference of the suite's metric, positive where the run is better.
+        num_gained: items that only the run gets exactly right.
+        num_lost: items that only the baseline gets exactly right.
+        p_value: McNemar's exact test on these two counts.
+        recovery_percent: the run's score in percent of the baseline's; None if that is 0.
+    """
+
+    score: Interval
+    num_gained: int
+    num_lost: int
+    p_value: float
+    recovery_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteScore:
+    """How one run did on one suite.
+
+    Attributes:
+        metric: the suite's own metric, as `nvvl.reports.metrics` names it.
+        score: its mean.
+        exact_match: share of answers equal to the truth.
+        cer: mean character error rate.
+        kl: mean KL(teacher || model) in nats; None where it was not measured.
+        top1: share of answer tokens with the teacher's most likely token, mean over items.
+        difference: None for the baseline itself.
+    """
+
+    metric: str
+    score: Interval
+    exact_match: Interval
+    cer: Interval
+    kl: Interval | None
+    top1: Interval | None
+    difference: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGate:
+    """Exact match with the right image, a grey one and another item's.
+
+    Attributes:
+        passed: the right image does better than both, each at p < 0.05 by McNemar's test.
+    """
+
+    suite: str
+    right: Interval
+    blank: Interval
+    other: Interval
+    p_blank: float
+    p_other: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunScore:
+    """One row of the comparison.
+
+    Attributes:
+        verified: whether `nvvl verify` passed; None if it was not run, as for the source.
+        kl: over all suites; None where it was not measured.
+        top1: over all suites.
+    """
+
+    label: str
+    format: str
+    model: str
+    out: str
+    model_sha256: str
+    dtype: str
+    weights_bytes: int
+    folder_bytes: int
+    verified: bool | None
+    suites: Mapping[str, SuiteScore]
+    kl: Interval | None
+    top1: Interval | None
+    gate: ImageGate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The comparison of several runs with the first.
+
+    Attributes:
+        baseline: label of the run that the others are compared with.
+    """
+
+    nvvl_version: str
+    baseline: str
+    seed: int
+    num_items: int
+    runs: tuple[RunScore, ...]
+
+
+def collect(
+    runs: Sequence[RunResult | Path], *, verified: Mapping[str, bool] | None = None
+) -> Report:
+    """Compare runs with the first of them.
+
+    Args:
+        runs: finished runs, or their folders; the first is the baseline.
+        verified: by run label, whether `nvvl verify` passed.
+
+    Raises:
+        DataError: if there is no run, two have one label, a run is unfinished, or the runs were
+            asked different items.
+    """
+    loaded = [run if isinstance(run, RunResult) else load_run(run) for run in runs]
+    if not loaded:
+        raise DataError("report: required at least one run, got none")
+    _require_comparable(loaded)
+    baseline = loaded[0]
+    verdicts = verified or {}
+    return Report(
+        nvvl_version=nvvl.__version__,
+        baseline=baseline.label,
+        seed=baseline.settings.seed,
+        num_items=baseline.settings.num_items,
+        runs=tuple(_score_run(run, baseline, verdicts.get(run.label)) for run in loaded),
+    )
+
+
+def _score_run(run: RunResult, baseline: RunResult, verified: bool | None) -> RunScore:
+    kl, top1 = _divergence([a for a in run.answers if a.condition == "right"])
+    return RunScore(
+        label=run.label,
+        format=run.format,
+        model=str(run.model),
+        out=str(run.out),
+        model_sha256=run.settings.model_sha256,
+        dtype=run.settings.dtype,
+        weights_bytes=run.weights_bytes,
+        folder_bytes=run.folder_bytes,
+        verified=verified,
+        suites={
+            suite: _score_suite(
+                metric, run.select(suite), None if run is baseline else baseline.select(suite)
+            )
+            for suite, metric in zip(run.settings.suites, run.settings.metrics, strict=True)
+        },
+        kl=kl,
+        top1=top1,
+        gate=_judge_gate(run),
+    )
+
+
+def _score_suite(
+    metric: str, answers: Sequence[Answer], baseline: Sequence[Answer] | None
+) -> SuiteScore:
+    exact_match = _exact_match(answers)
+    score, cer = bootstrap_intervals([(a.score, a.cer) for a in answers])
+    kl, top1 = _divergence(answers)
+    return SuiteScore(
+        metric=metric,
+        score=exact_match if metric == "exact_match" else score,
+        exact_match=exact_match,
+        cer=cer,
+        kl=kl,
+        top1=top1,
+        difference=None if baseline is None else _compare(answers, baseline),
+    )
+
+
+def _compare(answers: Sequence[Answer], baseline: Sequence[Answer]) -> Difference:
+    score = paired_difference([a.score for a in baseline], [a.score for a in answers])
+    num_gained, num_lost = _count_changes(baseline, answers)
+    baseline_score = sum(a.score for a in baseline) / len(baseline)
+    return Difference(
+        score=score,
+        num_gained=num_gained,
+        num_lost=num_lost,
+        p_value=mcnemar_test(num_gained, num_lost),
+        recovery_percent=recovery_percent(baseline_score + score.estimate, baseline_score),
+    )
+
+
+def _judge_gate(run: RunResult) -> ImageGate | None:
+    suite = run.settings.gate_suite
+    if suite is None:
+        return None
+    blank, other = run.select(suite, "blank"), run.select(suite, "other")
+    right = run.select(suite)[: len(blank)]
+    p_values, passed = [], True
+    for answers in (blank, other):
+        num_gained, num_lost = _count_changes(answers, right)
+        p_values.append(mcnemar_test(num_gained, num_lost))
+        passed = passed and num_gained > num_lost and p_values[-1] < SIGNIFICANCE
+    return ImageGate(
+        suite=suite,
+        right=_exact_match(right),
+        blank=_exact_match(blank),
+        other=_exact_match(other),
+        p_blank=p_values[0],
+        p_other=p_values[1],
+        passed=passed,
+    )
+
+
+def _count_changes(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[int, int]:
+    """Count the items that became right and those that became wrong."""
+    pairs = [(a.correct, b.correct) for a, b in zip(before, after, strict=True)]
+    return pairs.count((False, True)), pairs.count((True, False))
+
+
+def _exact_match(answers: Sequence[Answer]) -> Interval:
+    return wilson_interval(sum(a.correct for a in answers), len(answers))
+
+
+def _divergence(answers: Sequence[Answer]) -> tuple[Interval | None, Interval | None]:
+    """Return mean KL and top-1 agreement; None if the run had no teacher."""
+    measured = [(a.kl, a.top1) for a in answers if a.kl is not None and a.top1 is not None]
+    if len(measured) < len(answers):
+        return None, None
+    kl, top1 = bootstrap_intervals(measured)
+    return kl, top1
+
+
+def _require_comparable(runs: Sequence[RunResult]) -> None:
+    labels = [run.label for run in runs]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise DataError(
+            f"report: two runs are labelled {', '.join(twice)}; evaluate with another --label"
+        )
+    baseline = runs[0]
+    asked = {a.key: a.item_sha256 for a in baseline.answers if a.condition == "right"}
+    for run in runs[1:]:
+        hashes = {a.key: a.item_sha256 for a in run.answers if a.condition == "right"}
+        if hashes != asked:
+            keys = asked.keys() | hashes.keys()
+            differing = sorted(key for key in keys if asked.get(key) != hashes.get(key))
+            suite, _, index = differing[0]
+            raise DataError(
+                f"{run.out}: {len(differing)} items differ from those of {baseline.out}, first "
+                f"{suite} {index}; evaluate both with the same suites, number of items and seed"
+            )

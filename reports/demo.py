@@ -1,0 +1,122 @@
+"""The whole chain on one model: quantize, prove, evaluate, compare.
+
+    MODEL -> OUT/fp8, OUT/nvfp4 -> verified? -> OUT/runs/{bf16,fp8,nvfp4} -> OUT/report.{json,md}
+
+Each step is the public call that the verb of the same name makes, so what the demo shows is what a
+user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
+nvvl wrote before are written again, and nothing else is replaced.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nvvl.calib_data.manifest import load_calibration_set
+from nvvl.errors import OutputError
+from nvvl.export.verify import VerificationReport, verify
+from nvvl.quantize.presets import load_recipe
+from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.reports.collect import Report, collect
+from nvvl.reports.evaluate import Candidate, Options, evaluate
+from nvvl.reports.render import write_report
+from nvvl.reports.suites import find_suites
+
+# (step and what it is at, how many are done, of how many)
+ProgressCallback = Callable[[str, int, int], None]
+
+FORMATS = ("fp8", "nvfp4")
+SUITES = ("line", "key_value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What a demo has made.
+
+    Attributes:
+        report: The comparison, BF16 first.
+        proofs: Verification of each quantized folder, by format.
+        outputs: What was written, by a word for it.
+    """
+
+    report: Report
+    proofs: dict[str, VerificationReport]
+    outputs: dict[str, Path]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every quantized folder was verified."""
+        return all(proof.passed for proof in self.proofs.values())
+
+
+def run_demo(
+    source: Path,
+    out: Path,
+    *,
+    num_items: int = 1000,
+    num_calibration_items: int = 256,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: ProgressCallback | None = None,
+) -> DemoResult:
+    """Quantize a model to FP8 and NVFP4, prove both, evaluate all three and compare.
+
+    Args:
+        source: A BF16 checkpoint folder.
+        out: Folder to write; made if needed.
+        num_items: Items of each suite.
+        num_calibration_items: Generated items that the scales are found on.
+        device: Where to compute.
+        seed: Seed of calibration and evaluation items.
+        progress: Called as steps go on.
+
+    Raises:
+        OutputError: if ``out`` is a file, or holds something that nvvl did not write.
+        NvvlError: as the steps do.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
+    items = load_calibration_set("default", num_items=num_calibration_items, seed=seed)
+    outputs = {name: out / name for name in FORMATS}
+    proofs = {}
+    for name, folder in outputs.items():
+        recipe = replace(load_recipe(name), num_calibration_items=num_calibration_items)
+        quantize_checkpoint(
+            source,
+            folder,
+            recipe,
+            items,
+            device=device,
+            overwrite=True,
+            progress=_within(f"quantize {name}", progress),
+            command=("nvvl", "demo"),
+        )
+        proofs[name] = verify(folder, source, progress=_within(f"verify {name}", progress))
+        proofs[name].write_report(out / f"verify-{name}.json")
+    folders = {"bf16": source, **outputs}
+    runs = evaluate(
+        [
+            Candidate(folder=folder, out=out / "runs" / name, label=name.upper())
+            for name, folder in folders.items()
+        ],
+        find_suites(SUITES),
+        Options(
+            num_items=num_items,
+            seed=seed,
+            gate_items=min(num_items, Options.gate_items),
+            device=device,
+        ),
+        teacher=source,
+        overwrite=True,
+        progress=_within("evaluate", progress),
+    )
+    report = collect(runs, verified={name.upper(): proof.passed for name, proof in proofs.items()})
+    json_path, markdown_path = write_report(report, out)
+    outputs |= {"answers": out / "runs", "report": markdown_path, "data": json_path}
+    return DemoResult(report=report, proofs=proofs, outputs=outputs)
+
+
+def _within(step: str, progress: ProgressCallback | None) -> ProgressCallback | None:
+    """Put the name of the step before what it reports."""
+    if progress is None:
+        return None
+    return lambda stage, num_done, num_all: progress(f"{step}: {stage}", num_done, num_all)

@@ -1,0 +1,113 @@
+"""Writing a run so that it can be interrupted at any moment and go on.
+
+Answers are appended by whole windows and forced to disk. A kill in the middle of a write leaves
+half a line, which reading drops; a window of which only a part was kept is asked again.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from nvvl.errors import OutputError
+from nvvl.reports.run import (
+    ANSWERS_NAME,
+    SETTINGS_NAME,
+    Answer,
+    AnswerKey,
+    RunResult,
+    Settings,
+    load_run,
+    read_answers,
+    read_settings,
+)
+
+
+class Journal:
+    """The growing run folder.
+
+    Attributes:
+        out: folder of the run.
+        settings: of the run.
+        answers: those there are.
+        num_expected: how many there will be.
+    """
+
+    def __init__(self, out: Path, settings: Settings, answers: dict[AnswerKey, Answer]) -> None:
+        self.out = out
+        self.settings = settings
+        self.answers = answers
+        self.num_expected = len(list(settings.expected_keys()))
+
+    @classmethod
+    def open(
+        cls, out: Path, settings: Settings, about: Mapping[str, Any], *, overwrite: bool
+    ) -> "Journal":
+        """Start a run folder, or take up the one that is there.
+
+        Args:
+            out: folder of the run, made if needed.
+            settings: of the run asked for.
+            about: what else `RunResult` holds (label, model, format, sizes).
+            overwrite: discard a run with other settings instead of refusing.
+
+        Raises:
+            OutputError: if ``out`` holds a run with other settings, or files of something else.
+        """
+        path = out / SETTINGS_NAME
+        answers_path = out / ANSWERS_NAME
+        answers: dict[AnswerKey, Answer] = {}
+        if path.is_file():
+            difference = _describe_difference(read_settings(path), settings)
+            if difference is None:
+                answers = {answer.key: answer for answer in read_answers(answers_path)}
+            elif overwrite:
+                answers_path.unlink(missing_ok=True)
+            else:
+                raise OutputError(
+                    f"{out}: holds a run with {difference}; give another folder or --overwrite"
+                )
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out}: required a new or empty folder; give another one")
+        out.mkdir(parents=True, exist_ok=True)
+        values = {**about, "settings": asdict(settings)}
+        _replace_text(path, json.dumps(values, indent=2) + "\n")
+        _replace_text(answers_path, "".join(_to_line(answer) for answer in answers.values()))
+        return cls(out, settings, answers)
+
+    def append(self, answers: Iterable[Answer]) -> None:
+        """Add answers; they are on disk when this returns."""
+        batch = list(answers)
+        self.answers.update((answer.key, answer) for answer in batch)
+        with (self.out / ANSWERS_NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(_to_line(answer) for answer in batch))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> RunResult:
+        """Put the answers in the order of the suites and return the run."""
+        ordered = [self.answers[key] for key in self.settings.expected_keys()]
+        _replace_text(self.out / ANSWERS_NAME, "".join(_to_line(answer) for answer in ordered))
+        return load_run(self.out)
+
+
+def _describe_difference(present: Settings, asked: Settings) -> str | None:
+    """Name the first setting in which two runs differ; None if they are the same."""
+    for field in fields(Settings):
+        there, wanted = getattr(present, field.name), getattr(asked, field.name)
+        if there != wanted:
+            return f"{field.name} {there}, asked for {wanted}"
+    return None
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _to_line(answer: Answer) -> str:
+    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"

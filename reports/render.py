@@ -1,0 +1,167 @@
+"""Write a comparison as ``report.json``, as Markdown, and as a table for the terminal.
+
+Runs stand side by side and measurements below each other, so that any number of suites fits a
+terminal of 80 columns. A number is followed by its 95 % interval in brackets. Nothing is rounded
+in ``report.json``.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from nvvl.errors import OutputError
+from nvvl.reports.collect import Report, RunScore, SuiteScore
+from nvvl.reports.compare import Interval
+
+_NONE = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement of every run, formatted."""
+
+    name: str
+    cells: tuple[str, ...]
+
+
+def write_report(report: Report, out: Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.md`` into a folder, made if needed.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        OutputError: if ``out`` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: required a folder for the report, got a file")
+    out.mkdir(parents=True, exist_ok=True)
+    json_path, markdown_path = out / "report.json", out / "report.md"
+    json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    markdown_path.write_text(render_markdown(report), encoding="utf-8")
+    return json_path, markdown_path
+
+
+def render_markdown(report: Report) -> str:
+    """Return the comparison as a Markdown page."""
+    labels = [run.label for run in report.runs]
+    lines = [
+        f"# {' / '.join(labels)}",
+        "",
+        f"{_describe_items(report)} Brackets are 95 % intervals.",
+        "",
+        _markdown_line(["", *labels]),
+        _markdown_line(["---", *("---:" for _ in labels)]),
+        *(_markdown_line([row.name, *row.cells]) for row in make_rows(report)),
+        "",
+        "## Runs",
+        "",
+    ]
+    for run in report.runs:
+        lines += [
+            f"- **{run.label}**: {run.model} ({run.format}, computed in {run.dtype}, "
+            f"{run.folder_bytes:,} bytes in all files, sha256 {run.model_sha256[:16]}), "
+            f"answers in {run.out}"
+        ]
+    lines += ["", "## How to read this", "", *(f"- {note}" for note in _NOTES), ""]
+    return "\n".join(lines)
+
+
+def make_table(report: Report) -> Table:
+    """Return the comparison as a rich table."""
+    table = Table(
+        title=_describe_items(report), caption="brackets: 95 % intervals", box=box.SIMPLE_HEAD
+    )
+    table.add_column("", overflow="fold")
+    for run in report.runs:
+        table.add_column(run.label, justify="right", overflow="fold")
+    for row in make_rows(report):
+        table.add_row(row.name, *row.cells)
+    return table
+
+
+def make_rows(report: Report) -> list[Row]:
+    """Return the measurements of a report, formatted, one row each."""
+    rows = [
+        _row(report, "weights, MB", lambda run: f"{run.weights_bytes / 1e6:.2f}"),
+        _row(report, "weights, bytes", lambda run: f"{run.weights_bytes:,}"),
+    ]
+    for suite, score in report.runs[0].suites.items():
+        scores = [run.suites[suite] for run in report.runs]
+        name = f"{suite}: {score.metric}, %".replace("_", " ")
+        rows.append(Row(name, tuple(_percent(score.score) for score in scores)))
+        rows.append(Row(f"- less {report.baseline}", tuple(_points(score) for score in scores)))
+    rows += [
+        _row(report, "KL to teacher, nats", lambda run: _small(run.kl)),
+        _row(report, "top-1 agreement, %", lambda run: _percent(run.top1)),
+        _row(report, "sees the image", _gate),
+        _row(report, "verified", _verdict),
+    ]
+    return rows
+
+
+_NOTES = (
+    "report.json has exact match, character error rate, KL, top-1 agreement and McNemar's test of "
+    "every suite, unrounded.",
+    "Differences are taken item by item over the same items, in percentage points, with a paired "
+    "bootstrap interval; an interval that contains 0 shows no difference.",
+    "KL is KL(teacher || model) per answer token, given the true answer so far; top-1 agreement "
+    "is the share of those tokens at which both rank the same token first.",
+    "The image gate asks the same questions with the right image, a grey one and another item's; "
+    "it passes if the right one does better than both (McNemar, p < 0.05).",
+)
+
+
+def _row(report: Report, name: str, cell: Callable[[RunScore], str]) -> Row:
+    return Row(name, tuple(cell(run) for run in report.runs))
+
+
+def _describe_items(report: Report) -> str:
+    return f"{report.num_items:,} items a suite, seed {report.seed}, nvvl {report.nvvl_version}."
+
+
+def _percent(value: Interval | None) -> str:
+    if value is None:
+        return _NONE
+    low, middle, high = (100 * v for v in (value.low, value.estimate, value.high))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _points(suite: SuiteScore) -> str:
+    if suite.difference is None:
+        return _NONE
+    score = suite.difference.score
+    return f"{_signed(score.estimate)} [{_signed(score.low)}, {_signed(score.high)}]"
+
+
+def _signed(share: float) -> str:
+    """Format a difference of shares as percentage points; what rounds to 0 has no sign."""
+    text = f"{100 * share:+.1f}"
+    return text if float(text) else "0.0"
+
+
+def _small(value: Interval | None) -> str:
+    if value is None:
+        return _NONE
+    return f"{value.estimate:.2g} [{value.low:.2g}, {value.high:.2g}]"
+
+
+def _gate(run: RunScore) -> str:
+    if run.gate is None:
+        return _NONE
+    rates = (run.gate.right, run.gate.blank, run.gate.other)
+    verdict = "yes" if run.gate.passed else "NO"
+    return f"{verdict} ({' / '.join(f'{100 * rate.estimate:.1f}' for rate in rates)})"
+
+
+def _verdict(run: RunScore) -> str:
+    return {True: "yes", False: "NO", None: _NONE}[run.verified]
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

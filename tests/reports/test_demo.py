@@ -1,0 +1,60 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvvl.errors import OutputError
+from nvvl.reports.demo import run_demo
+from nvvl.reports.run import load_run
+
+
+@pytest.fixture
+def source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny model with every key of config.json that servers read."""
+    return make_checkpoint(
+        tmp_path / "bf16", template="nemotron_h", vision={"preferred_resolution": [32, 32]}
+    )
+
+
+def test_demo_proves_and_compares_both_formats(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    steps = []
+    result = run_demo(
+        source,
+        out,
+        num_items=1,
+        num_calibration_items=2,
+        progress=lambda stage, *_: steps.append(stage.split(":")[0]),
+    )
+    assert {name: proof.failed_checks for name, proof in result.proofs.items()} == {
+        "fp8": (),
+        "nvfp4": (),
+    }
+    assert result.passed
+    bf16, fp8, nvfp4 = result.report.runs
+    assert [run.label for run in result.report.runs] == ["BF16", "FP8", "NVFP4"]
+    assert [run.verified for run in result.report.runs] == [None, True, True]
+    assert bf16.weights_bytes > fp8.weights_bytes > nvfp4.weights_bytes
+    assert bf16.kl is not None
+    assert nvfp4.kl is not None
+    assert nvfp4.kl.estimate > bf16.kl.estimate == 0
+    assert list(dict.fromkeys(steps)) == [
+        "quantize fp8",
+        "verify fp8",
+        "quantize nvfp4",
+        "verify nvfp4",
+        "evaluate",
+    ]
+    assert all(path.exists() for path in result.outputs.values())
+    assert load_run(out / "runs" / "nvfp4").model == out / "nvfp4"
+
+
+def test_demo_does_not_replace_what_nvvl_did_not_write(source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "demo" / "fp8" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep")
+    with pytest.raises(OutputError, match="nvvl did not write it"):
+        run_demo(source, tmp_path / "demo", num_items=1, num_calibration_items=2)
+    with pytest.raises(OutputError, match="required a folder for the demo, got a file"):
+        run_demo(source, mine, num_items=1)
+    assert mine.read_text() == "keep"

@@ -1,0 +1,83 @@
+"""What the command line shows while it works.
+
+Progress and errors go to stderr, results to stdout, so that ``nvvl ... --json > result.json`` holds
+the result alone. Where stderr is no terminal, the bars are printed once, at the end.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+# (stage, how many are done, of how many)
+ProgressCallback = Callable[[str, int, int], None]
+
+_FILE_WIDTH = 200
+
+
+class _RateColumn(ProgressColumn):
+    """How many are done a second, or how many seconds one takes."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate of a task as text."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def show_progress() -> Iterator[ProgressCallback]:
+    """Show a bar with stage, rate and remaining time, then time taken, of each reported count."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=_open_console(sys.stderr)) as bars:
+        task = None
+        last = (0, 0)
+
+        def report(stage: str, num_done: int, num_all: int) -> None:
+            nonlocal task, last
+            if task is None or num_all != last[1] or num_done < last[0]:  # another count began
+                task = bars.add_task(stage)
+            bars.update(task, description=stage, completed=num_done, total=num_all)
+            last = (num_done, num_all)
+
+        yield report
+
+
+def print_error(message: str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout; in full width where stdout is no terminal."""
+    _open_console(sys.stdout).print(table)
+
+
+def _open_console(stream: TextIO) -> Console:
+    return Console(file=stream, width=None if stream.isatty() else _FILE_WIDTH)

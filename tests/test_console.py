@@ -1,0 +1,45 @@
+"""What the command line shows while it works."""
+
+import json
+
+import pytest
+from rich.table import Table
+
+from nvvl.console import print_error, print_json, print_table, show_progress
+
+
+def test_progress_goes_to_stderr_with_one_line_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress() as progress:
+        for count in ("first", "second"):
+            for done in range(1, 4):
+                progress(f"{count}: block {done}", done, 3)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert [line.split("  ")[0].split(" ━")[0].strip() for line in lines] == [
+        "first: block 3",
+        "second: block 3",
+    ]
+    assert all("3/3" in line for line in lines)
+
+
+def test_error_is_one_line_whatever_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("a.json: not valid\n  at line 3")
+    assert capsys.readouterr().err == "error: a.json: not valid at line 3\n"
+
+
+def test_json_keeps_letters_of_every_script(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"answer": "größe"})
+    out = capsys.readouterr().out
+    assert "größe" in out
+    assert json.loads(out) == {"answer": "größe"}
+
+
+def test_table_is_not_folded_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    cells = ["a cell of thirty characters ..."] * 4
+    for cell in cells:
+        table.add_column(cell)
+    table.add_row(*cells)
+    print_table(table)
+    assert any(line.count(cells[0]) == 4 for line in capsys.readouterr().out.splitlines())

@@ -52,10 +52,10 @@ HALF_BILLION: dict[str, Any] = {
 def make_pair() -> tuple[LanguageModel, NemotronHForCausalLM]:
     """Build both models with the same random weights, in bfloat16."""
     torch.manual_seed(0)
-    stock = NemotronHForCausalLM(NemotronHConfig(**HALF_BILLION)).to(torch.bfloat16).eval()
+    stock = NemotronHForCausalLM(NemotronHConfig(**HALF_BILLION)).bfloat16().eval()
     for module in stock.modules():  # clamp time steps as servers do, see nvvl/model/mamba2.py
         if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
+            setattr(module, "time_step_limit", (0.0, float("inf")))  # noqa: B010
     with torch.device("meta"):
         ours = LanguageModel(LanguageConfig.from_dict(HALF_BILLION))
     weights = {

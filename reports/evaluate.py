@@ -226,11 +226,10 @@ class _Session:
 
     def _plan(self) -> Iterator[tuple[Suite, ImageCondition, range]]:
         size = _BATCHES_PER_WINDOW * self.options.batch_size
-        right: ImageCondition = "right"
-        parts = [(suite, right, self.options.num_items) for suite in self.suites]
-        parts += [
-            (self.suites[0], condition, self.options.gate_items) for condition in GATE_CONDITIONS
-        ]
+        parts: list[tuple[Suite, ImageCondition, int]] = []
+        parts.extend((suite, "right", self.options.num_items) for suite in self.suites)
+        for condition in GATE_CONDITIONS:
+            parts.append((self.suites[0], condition, self.options.gate_items))
         for suite, condition, num_items in parts:
             for start in range(0, num_items, size):
                 yield suite, condition, range(start, min(start + size, num_items))

@@ -208,6 +208,6 @@ def pack(
 
 def hash_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {
-        name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
     }

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.export.logits_proof import prove_logits
 from nvvl.export.verify import verify
 from nvvl.model.prompt import Message
@@ -36,7 +36,9 @@ def test_what_the_walk_writes_passes_every_check(
     source: Path, probes: list[Item], tmp_path: Path, preset: str
 ) -> None:
     out = tmp_path / "out"
-    quantize_checkpoint(source, out, PRESETS[preset](), SimpleNamespace(items=tuple(probes)))
+    quantize_checkpoint(
+        source, out, PRESETS[preset](), CalibrationSet(tuple(probes), "probes", len(probes))
+    )
     report = verify(out, source, probe_items=probes)
     assert report.passed, report.summary_lines()
     assert report.checks[-1].passed is True

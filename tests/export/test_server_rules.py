@@ -229,7 +229,7 @@ def test_index_that_disagrees_is_named(
     make_view: ViewFactory, index: dict[str, Any], named: str
 ) -> None:
     view = make_view()
-    sound = {
+    sound: dict[str, dict[str, Any]] = {
         "metadata": {"total_size": sum(header.nbytes for header in view.tensors.values())},
         "weight_map": dict.fromkeys(view.tensors, "a"),
     }

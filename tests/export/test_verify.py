@@ -4,12 +4,14 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nvvl.errors import CheckpointError, OutputError
 from nvvl.export.verify import VerificationReport, verify
@@ -208,11 +210,15 @@ def test_nan_is_named_wherever_it_is(copy_of: Folders, source: Path) -> None:
     assert prove(out, None).passed is False
 
 
+def double(tensors: dict[str, Tensor], *, name: str) -> None:
+    tensors[name].mul_(2)
+
+
 def test_unequal_qkv_scales_are_named(copy_of: Folders, source: Path) -> None:
     for scheme, leaf, rule in (("nvfp4", "weight_scale_2", "Q1"), ("fp8", "weight_scale", "Q2")):
         out = copy_of(scheme)
         name = f"{LAYERS}.3.mixer.k_proj.{leaf}"
-        edit_tensors(out, lambda tensors, name=name: tensors[name].mul_(2))
+        edit_tensors(out, partial(double, name=name))
         report = prove(out, source)
         assert leaf in named(report, rule)
         assert name in named(report, "V4")
@@ -401,7 +407,7 @@ def test_shards_are_read_through_their_index(copy_of: Folders, source: Path) -> 
     parts["model-00002-of-00002.safetensors"] = names[1::2]
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, out / file)
-    index = {
+    index: dict[str, dict[str, Any]] = {
         "metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
         "weight_map": {name: file for file, part in parts.items() for name in part},
     }

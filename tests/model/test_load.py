@@ -146,12 +146,12 @@ def test_one_layer_is_filled_and_the_rest_stays_unread(tiny_checkpoint: Path) ->
     checkpoint = Checkpoint(tiny_checkpoint)
     with torch.device("meta"):
         model = NemotronNanoVL(checkpoint.config)
-    layer = model.language_model.backbone.layers[0]
+    layer = model.language_model.backbone.get_submodule("layers.0")
     materialize(layer, f"{LAYERS}.0", checkpoint, dtype=torch.bfloat16, device="cpu")
     assert {parameter.device.type for parameter in layer.parameters()} == {"cpu"}
     assert model.language_model.lm_head.weight.is_meta
     stored = checkpoint.load(f"{LAYERS}.0.mixer.in_proj.weight")
-    assert layer.mixer.in_proj.weight.equal(stored)
+    assert layer.get_parameter("mixer.in_proj.weight").equal(stored)
 
 
 def test_every_misfit_is_listed_in_one_error(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nvvl.calib_data.documents import Document, make_document
+from nvvl.calib_data.documents import Document, document_messages, make_document
 from nvvl.calib_data.texts import text_passage
 from nvvl.model.config import VLMConfig
-from nvvl.model.processor import Message, Processor
+from nvvl.model.processor import Processor
 from nvvl.tools.embedded_model.stages import GROUPS, Stage
 from nvvl.tools.embedded_model.tokenizer import train_tokenizer
 
@@ -100,8 +100,8 @@ class Batches(Dataset[TrainingBatch]):
     def passage(self, rng: random.Random, length: int) -> "Row":
         """Draw plain text to be continued."""
         text = text_passage(rng.getrandbits(48), split="train")
-        ids = self.processor.tokenizer.encode(text, add_special_tokens=False).ids
-        ids = torch.tensor(ids[:length])
+        tokens = self.processor.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = torch.tensor(tokens[:length])
         size = self.processor.config.image_size
         empty = np.zeros((0, 3, size, size), dtype=np.uint8)
         return Row(ids, torch.ones(len(ids), dtype=torch.bool), empty, np.zeros((0, 3), np.int64))
@@ -133,16 +133,6 @@ def document_row(document: Document, processor: Processor, length: int) -> Row:
     pixels = ((inputs.pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     glyphs = glyph_targets(document, config) if len(pixels) == 1 else np.zeros((0, 3), np.int64)
     return Row(inputs.input_ids[:length], inputs.answer_mask[:length], pixels.numpy(), glyphs)
-
-
-def document_messages(document: Document) -> list[Message]:
-    """Return every question and answer about a document, its images in the first question."""
-    media = "<video>\n" if document.video else "<image>\n" * len(document.images)
-    messages = []
-    for question, answer in document.turns:
-        messages += [Message("user", media + question), Message("assistant", answer)]
-        media = ""
-    return messages
 
 
 def glyph_targets(document: Document, config: VLMConfig) -> np.ndarray:

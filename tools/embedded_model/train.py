@@ -1,6 +1,7 @@
 """Train the embedded model, from nothing to a checkpoint folder in the released layout.
 
     python -m nvvl.tools.embedded_model.train OUT [--device cuda] [--scale 1.0] [--workers 14]
+    python -m nvvl.tools.embedded_model.train OUT --init model/embedded   # train it further
 
 Seeds are fixed: the same command gives the same documents in the same order. The state is written
 every few minutes and at the end of each stage; the same command goes on from there.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import VLMConfig
+from nvvl.model.load import load_model
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.tools.embedded_model.data import NUM_GLYPHS, TrainingBatch, batches, load_processor
 from nvvl.tools.embedded_model.publish import publish
@@ -111,7 +113,8 @@ def initialize(trainee: Trainee) -> None:
 
 def make_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
     """Build Muon for the matrices inside blocks and AdamW for all else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
         is_matrix = parameter.ndim == 2 and name.endswith("weight")
         edge = name.endswith(("embeddings.weight", "lm_head.weight", "glyph_head.weight"))
@@ -193,6 +196,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw documents")
     parser.add_argument("--compile", action="store_true", help="compile the layers (CUDA)")
+    parser.add_argument(
+        "--init", type=Path, help="start from this checkpoint's weights, at the documents stage"
+    )
     parser.add_argument("--work", type=Path, help="resumable state (default OUT.work)")
     arguments = parser.parse_args()
 
@@ -213,6 +219,10 @@ def main() -> None:
     optimizers = make_optimizers(trainee)
     checkpoint = work / "state.safetensors"
     stage_name, step = load_state(checkpoint, trainee, optimizers)
+    if stage_name is None and arguments.init:
+        weights = load_model(arguments.init, dtype=torch.float32)
+        trainee.model.load_state_dict(weights.state_dict(), strict=True)
+        stage_name = "documents"
 
     stages = make_stages(arguments.scale)
     names = [stage.name for stage in stages]

@@ -60,8 +60,9 @@ class TrainingBatch:
 class Batches(Dataset[TrainingBatch]):
     """The batches of one stage by number."""
 
-    def __init__(self, stage: Stage, processor: Processor, seed: int) -> None:
+    def __init__(self, stage: Stage, processor: Processor, seed: int, rows: float) -> None:
         self.stage = stage
+        self.rows = rows
         self.processor = processor
         self.seed = seed
 
@@ -72,6 +73,7 @@ class Batches(Dataset[TrainingBatch]):
         rng = random.Random(f"{self.seed}:{number}")
         group = pick(rng, self.stage.groups)
         kinds, size, length = GROUPS[group]
+        size = max(1, round(size * self.rows))
         rows = [self.row(rng, pick(rng, kinds), length) for _ in range(size)]
         input_ids = torch.zeros(size, length, dtype=torch.int64)
         answer_mask = torch.zeros(size, length, dtype=torch.bool)
@@ -157,7 +159,14 @@ def pick(rng: random.Random, shares: dict[str, float]) -> str:
 
 
 def batches(
-    stage: Stage, *, processor: Processor, seed: int, first: int, workers: int, device: torch.device
+    stage: Stage,
+    *,
+    processor: Processor,
+    seed: int,
+    first: int,
+    workers: int,
+    rows: float,
+    device: torch.device,
 ) -> Iterator[TrainingBatch]:
     """Yield the batches of a stage from step ``first`` on.
 
@@ -165,7 +174,7 @@ def batches(
     ``stage.replays`` times, a while later and with another contrast.
     """
     loader = DataLoader(
-        Batches(stage, processor, seed),
+        Batches(stage, processor, seed, rows),
         sampler=range(first // (1 + stage.replays), stage.steps),
         batch_size=None,
         num_workers=workers,

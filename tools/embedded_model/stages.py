@@ -53,6 +53,22 @@ MIXED = {"single": 0.6, "page": 0.16, "two_pages": 0.1, "video": 0.1, "passage":
 LONG = {"single": 0.45, "page": 0.25, "two_pages": 0.12, "video": 0.14, "passage": 0.04}
 
 
+POLISH = {"single": 0.86, "page": 0.04, "two_pages": 0.04, "video": 0.03, "passage": 0.03}
+
+
+def make_polish(steps: int) -> Stage:
+    """Return the stage that trains a finished model further: everything, at a falling rate."""
+    return Stage(
+        name="polish",
+        groups=POLISH,
+        parts=("vision", "projector", "language"),
+        steps=steps,
+        glyph_weight=0.0,
+        start=0.25,
+        end=0.0,
+    )
+
+
 def make_stages(scale: float) -> list[Stage]:
     """Return the stages, every number of steps multiplied by ``scale``."""
 

@@ -1,0 +1,170 @@
+"""What is known of the checkpoint behind a run: how it was made, and whether it was proved.
+
+A checkpoint written by nvvl carries its recipe and its manifest. The outcome of ``nvvl verify``
+is kept outside of it, since the folder is what is proved: a JSON file that is given, or
+``verify-NAME.json`` beside the folder ``NAME``, where the demo puts it. A proof older than a file
+of the checkpoint is refused, because it may speak of other bytes.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvvl.errors import DataError
+from nvvl.quantize.manifest import MANIFEST_NAME, Manifest
+from nvvl.quantize.recipe import Recipe
+from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.reports.run import RunResult
+
+
+@dataclass(frozen=True)
+class ProofCheck:
+    """One check of a verification, as ``nvvl verify --json`` has it."""
+
+    rule: str
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The outcome of ``nvvl verify``.
+
+    Attributes:
+        folder: the checkpoint that was proved.
+        sqnr_db: signal to quantization noise of each weight, in dB, by module name; infinite ones
+            are left out.
+        counts: how many checks passed, failed and were not made, by these words.
+    """
+
+    path: Path
+    folder: Path
+    passed: bool
+    checks: tuple[ProofCheck, ...]
+    sqnr_db: Mapping[str, float]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of the checkpoint behind a run.
+
+    Attributes:
+        manifest: None if nvvl did not write the checkpoint, as for a BF16 source.
+        recipe: the recipe in force; None as above.
+        num_linears: how many linears have each format.
+        proof: None if ``nvvl verify`` was not run.
+    """
+
+    manifest: Manifest | None
+    recipe: Recipe | None
+    num_linears: Mapping[str, int]
+    proof: Proof | None
+
+    @property
+    def source_sha256(self) -> str | None:
+        """One hash over the names and hashes of the BF16 source's tensors."""
+        if self.manifest is None:
+            return None
+        lines = (f"{name} {sha256}\n" for name, sha256 in sorted(self.manifest.source.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def gather_evidence(
+    runs: Sequence[RunResult], proofs: Sequence[Path] = ()
+) -> dict[str, Evidence]:
+    """Read what is known of the checkpoints behind some runs.
+
+    Args:
+        runs: finished runs.
+        proofs: JSON files of ``nvvl verify --json``; others are found beside the checkpoints.
+
+    Returns:
+        The evidence of each run, by label. A checkpoint that is gone leaves none.
+
+    Raises:
+        DataError: if a proof cannot be read, is of no run, or is older than its checkpoint.
+        CheckpointError: if a manifest is not one.
+    """
+    by_folder = {proof.folder.resolve(): proof for proof in map(read_proof, proofs)}
+    folders = [run.model.resolve() for run in runs]
+    for folder in folders:
+        beside = folder.with_name(f"verify-{folder.name}.json")
+        if folder not in by_folder and folder.is_dir() and beside.is_file():
+            by_folder[folder] = read_proof(beside)
+    for folder, proof in by_folder.items():
+        if folder not in folders:
+            raise DataError(f"{proof.path}: proves {proof.folder}, which no run is of")
+        _require_newer(proof, folder)
+    return {
+        run.label: _read_folder(folder, by_folder.get(folder))
+        for run, folder in zip(runs, folders, strict=True)
+    }
+
+
+def read_proof(path: Path) -> Proof:
+    """Read what ``nvvl verify --json`` has printed.
+
+    Raises:
+        DataError: if it is missing or something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Proof(
+            path=path,
+            folder=Path(values["folder"]),
+            passed=bool(values["passed"]),
+            checks=tuple(
+                ProofCheck(check["rule"], check["name"], check["status"], check["detail"])
+                for check in values["checks"]
+            ),
+            sqnr_db={
+                name: float(value)
+                for name, value in values["sqnr_db"].items()
+                if value is not None and math.isfinite(value)
+            },
+            counts=values["counts"],
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: required the output of nvvl verify --json ({error!r})"
+        ) from None
+
+
+def _require_newer(proof: Proof, folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    newest = max((p.stat().st_mtime_ns for p in folder.iterdir() if p.is_file()), default=0)
+    if proof.path.stat().st_mtime_ns < newest:
+        raise DataError(
+            f"{proof.path}: older than the checkpoint {folder} that it proves; "
+            "run nvvl verify again, or remove the file"
+        )
+
+
+def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
+    manifest, recipe, formats = None, None, {}
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = Manifest.read(folder)
+        recipe, formats = _read_recipe(folder / RECIPE_NAME)
+    return Evidence(
+        manifest=manifest, recipe=recipe, num_linears=Counter(formats.values()), proof=proof
+    )
+
+
+def _read_recipe(path: Path) -> tuple[Recipe, Mapping[str, str]]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Recipe.from_dict(values["recipe"]), values["formats"]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a recipe that nvvl wrote ({error!r})") from None

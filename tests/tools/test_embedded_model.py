@@ -1,0 +1,140 @@
+"""The tools that train the embedded model: what they draw, keep and publish."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvvl.calib_data.documents import make_document
+from nvvl.model.config import VLMConfig
+from nvvl.model.load import load_model, resolve_model
+from nvvl.model.processor import Processor
+from nvvl.tools.embedded_model.data import Batches, document_row, glyph_targets
+from nvvl.tools.embedded_model.publish import publish
+from nvvl.tools.embedded_model.spec import SPECIAL_TOKENS, VOCAB_SIZE, make_config
+from nvvl.tools.embedded_model.stages import GROUPS, Stage, make_stages
+from nvvl.tools.embedded_model.state import load_state, save_state
+from nvvl.tools.embedded_model.tokenizer import train_tokenizer
+from nvvl.tools.embedded_model.train import Trainee, freeze, initialize, make_optimizers, rate
+
+LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_folder(resolve_model("embedded"))
+
+
+@pytest.fixture
+def trainee() -> Trainee:
+    trainee = Trainee(VLMConfig.from_dict(make_config()))
+    initialize(trainee)
+    return trainee
+
+
+def everything(steps: int) -> Stage:
+    return replace(make_stages(1.0)[3], steps=steps)
+
+
+def test_shipped_config_is_the_one_the_tools_write() -> None:
+    shipped = VLMConfig.from_folder(resolve_model("embedded"))
+    assert dict(shipped.raw) == make_config()
+
+
+def test_tokenizer_has_the_released_ids_and_single_digits() -> None:
+    words = [f"{a}{b}{c} word" for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyz"]
+    tokenizer = train_tokenizer(words)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(20))
+    assert tokenizer.token_to_id("<image>") == make_config()["img_context_token_id"]
+    digits = tokenizer.encode("2026", add_special_tokens=False).tokens
+    assert digits == ["2", "0", "2", "6"]
+
+
+def test_too_few_texts_for_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="required 768 ids"):
+        train_tokenizer(["a b"])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_batch_depends_on_its_number_alone(processor: Processor, group: str) -> None:
+    stage = replace(everything(3), groups={group: 1.0})
+    first, again = (Batches(stage, processor, 7, 0.02)[1] for _ in range(2))
+    other = Batches(stage, processor, 7, 0.02)[2]
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.input_ids, other.input_ids)
+
+
+def test_every_image_token_of_a_batch_has_a_feature(processor: Processor) -> None:
+    batch = Batches(replace(everything(1), groups={"page": 1.0}), processor, 0, 0.03)[0]
+    num_tokens = int((batch.input_ids == processor.config.image_token_id).sum())
+    assert num_tokens == batch.pixels.shape[0] * processor.config.tokens_per_tile
+
+
+def test_turns_that_do_not_fit_are_left_out_whole(processor: Processor) -> None:
+    document = make_document("card", 3, split="train")
+    long, short = (document_row(document, processor, length) for length in (4000, 150))
+    assert len(short.input_ids) <= 150 < len(long.input_ids)
+    assert short.answer_mask.any()
+    assert processor.tokenizer.decode(short.input_ids.tolist()).endswith("\n")
+
+
+def test_glyphs_fall_into_the_patch_that_shows_them(processor: Processor) -> None:
+    document = make_document("line", 5, split="train")
+    glyph = document.glyphs[0][0]
+    _, patch, code = glyph_targets(document, processor.config)[0]
+    row, col = divmod(int(patch), 16)
+    assert chr(int(code) + 32) == glyph.char
+    assert col * 16 <= (glyph.x0 + glyph.x1) // 2 < col * 16 + 16
+    assert row * 16 <= (glyph.y0 + glyph.y1) // 2 < row * 16 + 16
+
+
+def test_frozen_parts_get_no_gradient(trainee: Trainee, processor: Processor) -> None:
+    stage = replace(everything(1), parts=("projector",), glyph_weight=0.0)
+    freeze(trainee, stage)
+    batch = Batches(replace(stage, groups={"single": 1.0}), processor, 0, 0.008)[0]
+    answer_loss, _ = trainee.losses(batch, stage)
+    answer_loss.backward()
+    moved = {name.split(".")[1] for name, p in trainee.named_parameters() if p.grad is not None}
+    assert moved == {"mlp1"}
+
+
+def test_rate_warms_up_then_falls_to_its_end() -> None:
+    stage = replace(everything(1000), start=1.0, end=0.0)
+    assert rate(stage, 0) == pytest.approx(0.01)
+    assert rate(stage, 500) == pytest.approx(0.5)
+    assert rate(stage, 999) == pytest.approx(0.001)
+
+
+def test_state_comes_back_as_it_was(trainee: Trainee, tmp_path: Path) -> None:
+    optimizers = make_optimizers(trainee)
+    for parameter in trainee.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    save_state(tmp_path / "state.safetensors", trainee, optimizers, stage="documents", step=5)
+    fresh = Trainee(trainee.model.config)
+    fresh_optimizers = make_optimizers(fresh)
+    assert load_state(tmp_path / "none.safetensors", fresh, fresh_optimizers) == (None, 0)
+    place = load_state(tmp_path / "state.safetensors", fresh, fresh_optimizers)
+    assert place == ("documents", 5)
+    for name, tensor in trainee.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+    for ours, theirs in zip(optimizers, fresh_optimizers, strict=True):
+        moments = theirs.state_dict()["state"]
+        for index, entry in ours.state_dict()["state"].items():
+            for key, value in entry.items():
+                assert torch.equal(torch.as_tensor(value), moments[index][key]), (index, key)
+
+
+def test_published_folder_loads_as_a_checkpoint(trainee: Trainee, tmp_path: Path) -> None:
+    publish(trainee.model, resolve_model("embedded") / "tokenizer.json", tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert loaded.language_model.lm_head.weight.equal(
+        trainee.model.language_model.lm_head.weight.bfloat16()
+    )
+    a_log = "language_model.backbone.layers.0.mixer.A_log"
+    assert loaded.get_parameter(a_log).dtype == torch.float32
+    Processor.from_folder(tmp_path / "out")

@@ -5,6 +5,7 @@ the result alone. Where stderr is no terminal, the bars are printed once, at the
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,25 @@ def show_progress() -> Iterator[ProgressCallback]:
             last = (num_done, num_all)
 
         yield report
+
+
+@contextmanager
+def defer_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait: what is yielded then says True; a second one ends at once."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("finishing this block; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_error(message: str) -> None:

@@ -246,10 +246,14 @@ class CheckpointWriter:
         _write_at(file, 0, memoryview(shard.header))
         file.truncate(shard.file_bytes)
 
-    def _require_space(self) -> None:
+    def bytes_to_come(self) -> int:
+        """Return how much disk space the files will still take."""
         # st_blocks counts what a sparse file really holds
         held = sum(os.fstat(file.fileno()).st_blocks * 512 for file in self._files.values())
-        required = self.files_bytes() - held
+        return max(0, self.files_bytes() - held)
+
+    def _require_space(self) -> None:
+        required = self.bytes_to_come()
         free = shutil.disk_usage(self._folder).free
         if free < required:
             raise OutputError(

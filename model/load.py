@@ -8,53 +8,22 @@ Sub-modules can be filled one at a time, which is how a model larger than memory
 BF16 (F16, F32) folders only; quantized ones are read by ``nvvl.quantize.load``.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import nvvl.model
-from nvvl.errors import CheckpointError, ConfigError
+from nvvl.errors import CheckpointError
 from nvvl.model.checkpoint import Checkpoint, TensorInfo
 from nvvl.model.config import VLMConfig
+from nvvl.model.resolve import resolve_model as resolve_model
 from nvvl.model.vlm import NemotronNanoVL
 
 # A cast of these few numbers per layer moves every later state; they stay as they are stored.
 _KEEP_STORED_DTYPE = ("A_log", "D", "dt_bias")
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
-
-# Data and text only: weights as pickles and Python code are never fetched.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-
-
-def resolve_model(model: str) -> Path:
-    """Find the folder that a MODEL argument means.
-
-    Args:
-        model: ``embedded`` for the model shipped with the package, a folder, or a Hub id
-            ``organization/name``, which is downloaded into the Hub's own cache.
-
-    Raises:
-        ConfigError: if it is none of these, or the Hub cannot be reached.
-    """
-    if model == "embedded":
-        folder = Path(str(nvvl.model.__file__)).parent / "embedded"
-        if not (folder / "config.json").exists():
-            raise ConfigError(
-                f"embedded: {folder} holds no model; install a released wheel, or make the model "
-                "with tools/embedded_model of the source tree"
-            )
-        return folder
-    if model and Path(model).is_dir():
-        return Path(model)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
-        raise ConfigError(
-            f"{model}: required 'embedded', an existing folder or a Hub id organization/name"
-        )
-    return _download(model)
 
 
 def expected_tensors(config: VLMConfig) -> dict[str, tuple[int, ...]]:
@@ -170,17 +139,3 @@ def _require_shape(info: TensorInfo, placeholder: Tensor) -> None:
 def _meta_model(config: VLMConfig) -> NemotronNanoVL:
     with torch.device("meta"):
         return NemotronNanoVL(config)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{hub_id}: no such folder, and the Hub did not give a model of that name ({reason}); "
-            "check the name, log in if it is gated, or download it elsewhere and pass the folder"
-        ) from error

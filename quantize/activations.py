@@ -9,7 +9,7 @@ embeddings. The steps are those of ``NemotronNanoVL.forward``, cut where a block
 numbers are those of the whole model, bit by bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,30 @@ class Activations:
         self._tick = tick
         self._input_ids: list[Tensor] = []
         self._hidden: list[Tensor | None] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the items as they are now."""
+        return sum(hidden.nbytes for hidden in self._hidden if hidden is not None)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return what the items are now, by names that `restore` knows."""
+        tensors = {f"ids.{index}": ids for index, ids in enumerate(self._input_ids)}
+        for index, hidden in enumerate(self._hidden):
+            if hidden is not None:
+                tensors[f"hidden.{index}"] = hidden
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], records: Sequence[tuple[str, str]]) -> None:
+        """Take up the items where `to_tensors` left them.
+
+        Args:
+            tensors: What it returned.
+            records: (id, SHA-256) of each item, in order.
+        """
+        self.records = list(records)
+        self._input_ids = [tensors[f"ids.{index}"] for index in range(len(records))]
+        self._hidden = [tensors.get(f"hidden.{index}") for index in range(len(records))]
 
     def cut_patches(self, patch_generator: nn.Module, name: str) -> None:
         """Run the processor, and the first vision block over the tiles of each item.

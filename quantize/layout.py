@@ -13,12 +13,14 @@ A ``scale`` multiplies codes back to values. Block scales are stored row-major, 
 Layout: ModelOpt's unified Hugging Face export, as vLLM and TensorRT-LLM read it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nvvl.model.checkpoint import Checkpoint, TensorSpec
 from nvvl.quantize.formats import BLOCK_SIZE
-from nvvl.quantize.recipe import Format
-from nvvl.quantize.targets import LinearShape
+from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
+from nvvl.quantize.targets import LinearShape, quantized_only
+
+CALIBRATION_NAME = "calibration.safetensors"
 
 
 def linear_tensors(fqn: str, shape: LinearShape, linear_format: Format) -> list[TensorSpec]:
@@ -51,6 +53,20 @@ def linear_tensors(fqn: str, shape: LinearShape, linear_format: Format) -> list[
     return tensors
 
 
+def calibration_tensors(formats: Mapping[str, Format]) -> list[TensorSpec]:
+    """List the content of ``calibration.safetensors``, in file order: float32 scalars.
+
+    Args:
+        formats: Format of each quantizable linear.
+    """
+    tensors = []
+    for fqn, linear_format in sorted(quantized_only(formats).items()):
+        if linear_format in CALIBRATED_FORMATS:
+            tensors.append(TensorSpec(f"{fqn}.input_amax", "F32", ()))
+        tensors.append(TensorSpec(f"{fqn}.weight_amax", "F32", ()))
+    return tensors
+
+
 def build_layout(source: Checkpoint, formats: Mapping[str, Format]) -> list[TensorSpec]:
     """List every tensor of the quantized checkpoint, in the order the source stores them.
 
@@ -59,8 +75,20 @@ def build_layout(source: Checkpoint, formats: Mapping[str, Format]) -> list[Tens
         formats: Format of each quantizable linear.
     """
     in_file_order = sorted(source.tensors.values(), key=lambda info: (info.file.name, info.start))
+    return replace_linears(in_file_order, formats)
+
+
+def replace_linears(
+    source: Sequence[TensorSpec], formats: Mapping[str, Format]
+) -> list[TensorSpec]:
+    """Put the tensors of quantized linears in the place of their BF16 weights.
+
+    Args:
+        source: Every tensor of the BF16 checkpoint.
+        formats: Format of each quantizable linear.
+    """
     layout: list[TensorSpec] = []
-    for info in in_file_order:
+    for info in source:
         fqn = info.name.removesuffix(".weight")
         linear_format = formats.get(fqn, "bf16")
         if linear_format == "bf16":

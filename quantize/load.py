@@ -24,9 +24,9 @@ from nvvl.model.checkpoint import Checkpoint, TensorSpec
 from nvvl.model.load import expected_tensors, load_model, materialize
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8
-from nvvl.quantize.layout import linear_tensors
+from nvvl.quantize.layout import CALIBRATION_NAME, linear_tensors
 from nvvl.quantize.linear import QuantizedLinear
-from nvvl.quantize.pack import CALIBRATION_NAME, Amax, read_amaxes
+from nvvl.quantize.pack import Amax, read_amaxes
 from nvvl.quantize.recipe import FORMATS, Format
 from nvvl.quantize.server_config import ALGORITHM_OF, MIXED
 from nvvl.quantize.side_files import HF_QUANT_CONFIG_NAME, RECIPE_NAME

@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,7 @@ class Manifest:
         files: SHA-256 of every other file of the folder, by name.
         items: (id, SHA-256) of each calibration item, in the order they were used.
         versions: Of Python and of the libraries that the bytes could depend on.
+        distillation: How the source's weights were trained; empty if they were not.
     """
 
     format: str
@@ -52,10 +53,11 @@ class Manifest:
     items: Sequence[tuple[str, str]]
     versions: Mapping[str, str]
     nvvl_version: str = nvvl.__version__
+    distillation: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``manifest.json``."""
-        return {
+        values: dict[str, Any] = {
             "nvvl_version": self.nvvl_version,
             "versions": dict(sorted(self.versions.items())),
             "command": list(self.command),
@@ -70,6 +72,9 @@ class Manifest:
                 for name, r in sorted(self.tensors.items())
             },
         }
+        if self.distillation:
+            values["distillation"] = dict(self.distillation)
+        return values
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into a folder.
@@ -101,6 +106,7 @@ class Manifest:
                     name: TensorRecord(entry["sha256"], entry["dtype"], tuple(entry["shape"]))
                     for name, entry in values["tensors"].items()
                 },
+                distillation=values.get("distillation", {}),
             )
         except OSError as error:
             raise CheckpointError(
@@ -127,14 +133,18 @@ def hash_files(folder: Path) -> dict[str, str]:
     }
 
 
+def encode_json(values: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `write_json` writes."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write readable JSON with a final newline.
 
     Raises:
         OutputError: if the file cannot be written.
     """
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(encode_json(values))
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

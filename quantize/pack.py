@@ -14,10 +14,9 @@ from torch import Tensor
 from nvvl.errors import CalibrationError, CheckpointError
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize.layout import CALIBRATION_NAME as CALIBRATION_NAME
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import qkv_groups
-
-CALIBRATION_NAME = "calibration.safetensors"
 
 
 @dataclass(frozen=True)

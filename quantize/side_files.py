@@ -10,15 +10,20 @@ import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nvvl.errors import OutputError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.config import VLMConfig
+from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.manifest import write_json
-from nvvl.quantize.pack import CALIBRATION_NAME, Amax, to_tensors
 from nvvl.quantize.recipe import Format, Recipe
 from nvvl.quantize.server_config import hf_quant_config, quantization_config
 from nvvl.quantize.staging import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from nvvl.quantize.pack import Amax
 
 RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -46,7 +51,7 @@ def write_side_files(
     source: Checkpoint,
     recipe: Recipe,
     formats: Mapping[str, Format],
-    amaxes: Mapping[str, Amax],
+    amaxes: "Mapping[str, Amax]",
 ) -> None:
     """Write everything but weights and manifest.
 
@@ -60,15 +65,49 @@ def write_side_files(
     Raises:
         OutputError: if a file cannot be written or copied.
     """
-    hf_config = hf_quant_config(source.config, formats)
-    config = dict(source.config.raw) | {"quantization_config": quantization_config(hf_config)}
-    for path in sorted(source.folder.iterdir()):
-        if path.is_file() and not any(fnmatchcase(path.name, p) for p in _NOT_COPIED):
-            _copy(path, folder / path.name)
-    write_json(folder / "config.json", config)
-    write_json(folder / HF_QUANT_CONFIG_NAME, hf_config)
-    write_json(folder / RECIPE_NAME, {"recipe": recipe.to_dict(), "formats": dict(formats)})
+    from nvvl.quantize.pack import to_tensors
+
+    copy_side_files(source.folder, folder)
+    for name, values in json_files(source.config, recipe, formats).items():
+        write_json(folder / name, values)
     write_safetensors(folder / CALIBRATION_NAME, to_tensors(amaxes))
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """List the files of a source folder that an output gets byte for byte, sorted."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not any(fnmatchcase(path.name, p) for p in _NOT_COPIED)
+    ]
+
+
+def json_files(
+    config: VLMConfig, recipe: Recipe, formats: Mapping[str, Format]
+) -> dict[str, dict[str, Any]]:
+    """Build the JSON files of a quantized checkpoint but for the manifest, by file name.
+
+    Args:
+        config: The source's.
+        recipe: The recipe in force.
+        formats: Format of each quantizable linear.
+    """
+    hf_config = hf_quant_config(config, formats)
+    return {
+        "config.json": dict(config.raw) | {"quantization_config": quantization_config(hf_config)},
+        HF_QUANT_CONFIG_NAME: hf_config,
+        RECIPE_NAME: {"recipe": recipe.to_dict(), "formats": dict(formats)},
+    }
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, processor and other small files; not weights, nor what is written anew.
+
+    Raises:
+        OutputError: if a file cannot be copied.
+    """
+    for path in copied_files(source):
+        _copy(path, folder / path.name)
 
 
 def _copy(path: Path, destination: Path) -> None:

@@ -2,17 +2,62 @@
 
 Everything is written to a hidden sibling folder, which takes the final name by one rename when it
 is complete. What stood there before is replaced only then, and only if the user said so.
+
+`staged_folder` leaves nothing behind when it fails. `resumable_folder` is for runs that take long:
+its hidden folder always has the same name, so that the same command finds again what a killed run
+had finished:
+
+    .OUT.partial/
+      journal.jsonl                    which blocks are finished     (nvvl.quantize.journal)
+      activations-00012.safetensors    the items after a block       (nvvl.quantize.journal)
+      output/                          what takes the name OUT by one rename when it is complete
+      old/                             what stood at OUT before, for the moment of that rename
+
+A run that is killed, interrupted or out of disk space leaves that folder; one that fails because
+source, recipe or items cannot be used removes it, since going on would fail again.
 """
 
+import fcntl
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import OutputError
+from nvvl.errors import NvvlError, OutputError
 
 MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The hidden folder of one unfinished output.
+
+    Attributes:
+        root: The folder itself.
+    """
+
+    root: Path
+
+    @property
+    def output(self) -> Path:
+        """What becomes ``OUT``."""
+        return self.root / "output"
+
+    @property
+    def journal(self) -> Path:
+        """The record of finished blocks."""
+        return self.root / "journal.jsonl"
+
+    def clear(self) -> None:
+        """Remove everything but the journal."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self.journal:
+                path.unlink()
 
 
 @contextmanager
@@ -29,19 +74,74 @@ def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]
     """
     out = Path(out).absolute()
     _require_free(out, source=source, overwrite=overwrite)
+    stage = Stage(out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}"))
+    with _locked(stage.root):
+        try:
+            stage.output.mkdir()
+            yield stage.output
+            _require_free(out, source=source, overwrite=overwrite)
+            _replace(out, stage)
+        except BaseException:
+            shutil.rmtree(stage.root, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Stage]:
+    """Yield a stage whose ``output`` becomes ``out`` when the block ends without an exception.
+
+    Args:
+        out: The final folder; its parents are made.
+        source: A folder that must survive.
+        overwrite: Whether an earlier output at ``out`` may be replaced.
+
+    Raises:
+        OutputError: if ``out`` exists and may not be replaced, cannot be made, or another run is
+            writing it.
+        KeyboardInterrupt: again, saying how to go on.
+    """
+    out = Path(out).absolute()
+    stage = Stage(out.with_name(f".{out.name}.partial"))
+    if out.exists() and stage.root.exists() and not stage.output.exists():
+        with _locked(stage.root):
+            shutil.rmtree(stage.root)  # of a run killed after its output took its name
+    _require_free(out, source=source, overwrite=overwrite)
+    with _locked(stage.root):
+        try:
+            yield stage
+            _require_free(out, source=source, overwrite=overwrite)
+            _replace(out, stage)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; finished blocks are kept in {stage.root}, and the same command "
+                "goes on from there"
+            ) from None
+        except OutputError:
+            raise
+        except NvvlError:
+            shutil.rmtree(stage.root)
+            raise
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Make a folder and hold it; the system lets go when the process ends, however it ends."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be made ({error.strerror}); choose another OUT") from None
+        raise OutputError(
+            f"{root}: cannot be made ({error.strerror}); choose another OUT"
+        ) from None
     try:
-        yield partial
-        _require_free(out, source=source, overwrite=overwrite)
-        _replace(out, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputError(
+            f"{root}: another run is writing there; wait for it, or choose another OUT"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
@@ -61,15 +161,16 @@ def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
         )
 
 
-def _replace(out: Path, partial: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-    out.rename(old)
+def _replace(out: Path, stage: Stage) -> None:
+    old = stage.root / "old"
+    if old.exists():
+        shutil.rmtree(old)  # of a run killed between the two renames below
+    if out.exists():
+        out.rename(old)
     try:
-        partial.rename(out)
+        stage.output.rename(out)
     except OSError:
-        old.rename(out)
+        if old.exists():
+            old.rename(out)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(stage.root)

@@ -388,20 +388,6 @@ def test_faulty_source_leaves_nothing_behind(
     assert_only(tmp_path, "source")
 
 
-def test_failure_in_the_middle_leaves_nothing_behind(
-    tiny_checkpoint: Path, calibration_set: CalibrationSet, tmp_path: Path
-) -> None:
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage == f"{LAYERS}.4":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(
-            tiny_checkpoint, tmp_path / "out", fp8(), calibration_set, progress=interrupt
-        )
-    assert_only(tmp_path)
-
-
 def test_in_features_24_names_the_layer(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", language={"intermediate_size": 24})
     with pytest.raises(RecipeError, match=r"1\.mixer\.down_proj: NVFP4 needs .* got 24"):

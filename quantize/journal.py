@@ -1,0 +1,305 @@
+"""What a run has finished, so that a killed one goes on from there to the same bytes.
+
+``journal.jsonl`` begins with what the run is made from (`describe_run`), then has one line for each
+finished block: hashes read and written, amax, and where the activations after it lie. A line is
+flushed to the disk before the next block begins. A torn last line is a block that is done again.
+
+To go on, a run needs what the calibration items are after the last finished block. They are spilled
+to one file after every block where the disk has room for it beside the whole output. A spill that
+is missing or has another hash costs time and nothing else: the finished blocks are then run again
+over the items, without calibrating or packing.
+
+A run that was made from something else is refused with what differs.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nvvl
+from nvvl.calib_data.items import Item, item_hash
+from nvvl.errors import CheckpointError, OutputError
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.safetensors_io import read_header, read_tensor, tensor_bytes
+from nvvl.quantize.manifest import TensorRecord, library_versions
+from nvvl.quantize.pack import Amax
+from nvvl.quantize.recipe import Recipe
+from nvvl.quantize.side_files import copied_files
+from nvvl.quantize.staging import Stage
+
+_SPILLS = "activations-*.safetensors"
+_MAX_NAMED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecord:
+    """One finished block.
+
+    Attributes:
+        block: Its name.
+        source: SHA-256 of each source tensor read.
+        written: What was written.
+        amaxes: Of its quantized linears.
+        items: (id, SHA-256) of the calibration items; only in the block that drew them.
+        spill: SHA-256 of the activations after it; empty if they were not spilled.
+    """
+
+    block: str
+    source: Mapping[str, str]
+    written: Mapping[str, TensorRecord]
+    amaxes: Mapping[str, Amax]
+    items: Sequence[tuple[str, str]] = ()
+    spill: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; a float32 amax survives them exactly."""
+        return {
+            "block": self.block,
+            "source": dict(self.source),
+            "written": {n: [r.sha256, r.dtype, r.shape] for n, r in self.written.items()},
+            "amaxes": {
+                fqn: [float(a.weight), None if a.input is None else float(a.input)]
+                for fqn, a in self.amaxes.items()
+            },
+            "items": [list(item) for item in self.items],
+            "spill": self.spill,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BlockRecord":
+        """Read what `to_dict` made."""
+        return cls(
+            block=values["block"],
+            source=values["source"],
+            written={
+                name: TensorRecord(sha256, dtype, tuple(shape))
+                for name, (sha256, dtype, shape) in values["written"].items()
+            },
+            amaxes={
+                fqn: Amax(_scalar(weight), None if seen is None else _scalar(seen))
+                for fqn, (weight, seen) in values["amaxes"].items()
+            },
+            items=[(item_id, sha256) for item_id, sha256 in values["items"]],
+            spill=values["spill"],
+        )
+
+
+class Journal:
+    """The finished blocks of one stage, and the activations after the last spilled one.
+
+    Attributes:
+        blocks: In the order they were finished.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        identity: Mapping[str, str],
+        items: Sequence[Item],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Read what an earlier run left, or start anew.
+
+        Args:
+            stage: Where the output is made.
+            identity: What this run is made from, as `describe_run` says it.
+            items: The calibration items of this run.
+            overwrite: Start anew where an earlier run was made from something else.
+
+        Raises:
+            OutputError: if an earlier run was made from something else, naming what differs, or
+                the folder is not ours.
+        """
+        self._stage = stage
+        if not stage.journal.exists() and any(stage.root.iterdir()):
+            raise OutputError(
+                f"{stage.root}: holds files but no {stage.journal.name}, so nvvl did not write "
+                "it; move it away, or choose another OUT"
+            )
+        found, self.blocks, end = _read(stage.journal)
+        differences = [] if not self.blocks else _compare(found, identity, self.blocks, items)
+        if differences and not overwrite:
+            raise OutputError(
+                f"{stage.root}: an unfinished run was made from something else: "
+                f"{'; '.join(differences)}; give it the same again, or pass --overwrite to start "
+                "anew"
+            )
+        if differences or not self.blocks:
+            self.blocks, end = [], 0
+            stage.clear()
+        self._file = stage.journal.open("ab")
+        self._file.truncate(end)
+        if not self.blocks:
+            self._append(dict(identity))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where the activations are spilled."""
+        return self._stage.root
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor that finished blocks wrote, by name."""
+        return {name: r.sha256 for block in self.blocks for name, r in block.written.items()}
+
+    def append(self, record: BlockRecord) -> None:
+        """Record a finished block, on the disk when this returns."""
+        self._append(record.to_dict())
+        self.blocks.append(record)
+        for path in self._stage.root.glob(_SPILLS):
+            if record.spill and path != self._spill_path(len(self.blocks)):
+                path.unlink()
+
+    def spill(self, activations: Mapping[str, Tensor]) -> str:
+        """Write the activations after the block that is about to be recorded.
+
+        Returns:
+            What `BlockRecord.spill` holds.
+
+        Raises:
+            OutputError: if the disk is full.
+        """
+        write_safetensors(self._spill_path(len(self.blocks) + 1), activations)
+        return _hash_tensors(activations)
+
+    def read_spill(self) -> tuple[int, dict[str, Tensor]]:
+        """Return the latest activations that are whole.
+
+        Returns:
+            The number of blocks they have been through, 0 if there are none, and the tensors.
+        """
+        for count in range(len(self.blocks), 0, -1):
+            path = self._spill_path(count)
+            if self.blocks[count - 1].spill and path.exists():
+                tensors = _read_tensors(path)
+                if _hash_tensors(tensors) == self.blocks[count - 1].spill:
+                    return count, tensors
+        return 0, {}
+
+    def _spill_path(self, count: int) -> Path:
+        return self._stage.root / _SPILLS.replace("*", f"{count:05}")
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(values, ensure_ascii=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self._stage.journal}: cannot be written ({error.strerror}); make room, and "
+                "the same command goes on"
+            ) from error
+
+
+def describe_run(
+    checkpoint: Checkpoint, recipe: Recipe, *, device: str, calibration: str = ""
+) -> dict[str, str]:
+    """Say what the bytes of an output depend on, but for the calibration items.
+
+    Weights are told by size, time of change and headers, because reading them takes as long as the
+    run; the other files of the source by hash.
+
+    Args:
+        checkpoint: The source.
+        recipe: The recipe in force.
+        device: Kind of device that computes.
+        calibration: Hash of the stored calibration that is packed from; empty if there is none.
+    """
+    identity = {"nvvl": nvvl.__version__, "device": device, "stored calibration": calibration}
+    identity |= {f"version of {name}": text for name, text in library_versions().items()}
+    identity |= {f"recipe.{key}": json.dumps(value) for key, value in recipe.to_dict().items()}
+    for path in [checkpoint.folder / "config.json", *copied_files(checkpoint.folder)]:
+        identity[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted({info.file for info in checkpoint.tensors.values()}):
+        status = path.stat()
+        identity[f"source {path.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
+    headers = [(i.name, i.dtype, i.shape, i.start) for i in checkpoint.tensors.values()]
+    identity["source headers"] = hashlib.sha256(json.dumps(headers).encode()).hexdigest()
+    return identity
+
+
+def _read(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
+    """Read a journal up to its first torn line; also how many bytes that is."""
+    if not path.exists():
+        return {}, [], 0
+    identity: dict[str, str] = {}
+    blocks: list[BlockRecord] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n"):
+                break
+            values = json.loads(line)
+            if end:
+                blocks.append(BlockRecord.from_dict(values))
+            else:
+                identity = values
+        except (ValueError, KeyError, TypeError):
+            break  # never reached the disk; the block it was about is done again
+        end += len(line)
+    return identity, blocks, end
+
+
+def _compare(
+    found: Mapping[str, str],
+    identity: Mapping[str, str],
+    blocks: Sequence[BlockRecord],
+    items: Sequence[Item],
+) -> list[str]:
+    """List how the run that left a journal differs from this one."""
+    differences = [
+        f"{key}: {found.get(key, 'nothing')} then, {identity.get(key, 'nothing')} now"
+        for key in sorted(found.keys() | identity.keys())
+        if found.get(key) != identity.get(key)
+    ]
+    if not differences:
+        differences = _compare_items([pair for block in blocks for pair in block.items], items)
+    more = len(differences) - _MAX_NAMED
+    return differences[:_MAX_NAMED] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _compare_items(found: Sequence[tuple[str, str]], items: Sequence[Item]) -> list[str]:
+    if len(found) != len(items):
+        return [f"calibration items: {len(found)} then, {len(items)} now"]
+    differences = []
+    for item, (item_id, sha256) in zip(items, found, strict=True):
+        if item.item_id != item_id:
+            differences.append(f"calibration items: {item_id} then, {item.item_id} now")
+        elif item_hash(item) != sha256:
+            differences.append(f"calibration item {item_id}: has other content now")
+    return differences
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return {name: read_tensor(info) for name, info in read_header(path).items()}
+    except CheckpointError:
+        return {}  # cut short; its hash then disagrees, and the blocks are run again
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The calibration of a finished run, for packing another export without calibrating again.
+
+The largest input of a linear does not depend on the format that it is then stored in, because
+calibration runs the BF16 model. So one calibration serves every recipe over the same layers, and
+the bytes are those of a run that calibrated for itself.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nvvl.errors import CalibrationError, CheckpointError, RecipeError
+from nvvl.model.safetensors_io import read_header, read_tensor
+from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.manifest import Manifest
+from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
+from nvvl.quantize.side_files import RECIPE_NAME
+
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCalibration:
+    """What a finished run found out about inputs.
+
+    Attributes:
+        folder: The output of that run.
+        inputs: Largest magnitude of the inputs, float32 scalars, by name of the linear.
+        source: SHA-256 of each tensor of the BF16 source.
+        items: (id, SHA-256) of the calibration items.
+        recipe: The recipe of that run.
+        sha256: Of ``calibration.safetensors``.
+    """
+
+    folder: Path
+    inputs: Mapping[str, Tensor]
+    source: Mapping[str, str]
+    items: Sequence[tuple[str, str]]
+    recipe: Recipe
+    sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "StoredCalibration":
+        """Read the calibration of an output folder.
+
+        Raises:
+            CheckpointError: if a file is missing, malformed, or not the one the run wrote.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        path = folder / CALIBRATION_NAME
+        header = read_header(path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if manifest.files.get(CALIBRATION_NAME) != sha256:
+            raise CheckpointError(
+                f"{path}: its hash is not the one in manifest.json; it changed after it was "
+                "written, calibrate again"
+            )
+        suffix = ".input_amax"
+        return cls(
+            folder=folder,
+            inputs={
+                name.removesuffix(suffix): read_tensor(info)
+                for name, info in header.items()
+                if name.endswith(suffix)
+            },
+            source=manifest.source,
+            items=manifest.items,
+            recipe=_read_recipe(folder / RECIPE_NAME),
+            sha256=sha256,
+        )
+
+    def require_covers(self, recipe: Recipe, formats: Mapping[str, Format]) -> None:
+        """Refuse a recipe that needs what was not calibrated.
+
+        Raises:
+            RecipeError: if the recipe finds its amax in another way.
+            CalibrationError: if inputs of linears were not observed.
+        """
+        if recipe.algorithm != self.recipe.algorithm:
+            raise RecipeError(
+                f"{self.folder}: was calibrated with algorithm {self.recipe.algorithm}, the recipe "
+                f"says {recipe.algorithm}; calibrate again"
+            )
+        missing = [
+            fqn
+            for fqn, linear_format in formats.items()
+            if linear_format in CALIBRATED_FORMATS and fqn not in self.inputs
+        ]
+        if missing:
+            named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if missing[_MAX_NAMED:] else "")
+            raise CalibrationError(
+                f"{self.folder}: its calibration lacks the inputs of {len(missing)} linears that "
+                f"the recipe quantizes ({named}); calibrate again, or keep them BF16 or "
+                "nvfp4-w4a16"
+            )
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the recipe of a finished run ({error})") from None

@@ -1,0 +1,178 @@
+"""A plan says what will be written to the byte, from headers or from config.json alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.errors import CheckpointError, HardwareError, RecipeError
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.quantize.estimate import parse_memory, require_memory
+from nvvl.quantize.plan import Plan, make_plan, read_source
+from nvvl.quantize.plan_text import plan_lines
+from nvvl.quantize.presets import PRESETS, fp8, mixed, nvfp4, nvfp4_w4a16
+from nvvl.quantize.recipe import Recipe, Rule
+from nvvl.quantize.walk import quantize_checkpoint
+
+CONFIG_12B = Path(__file__).resolve().parents[2] / "benchmarks" / "config-12b.json"
+GIB = 2**30
+QuantizeTiny = Callable[[str], Path]
+MakeCheckpoint = Callable[..., Path]
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def assert_exact(plan: Plan, out: Path) -> None:
+    written = sizes(out)
+    del written["manifest.json"]
+    weights = {name: written.pop(name) for name in list(written) if name.startswith("model")}
+    assert plan.files == written
+    assert plan.weight_bytes == sum(weights.values())
+    assert plan.output_bytes == sum(written.values()) + sum(weights.values())
+    assert plan.source.notes == ()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_planned_size_is_the_written_size(
+    preset: str, quantize_tiny: QuantizeTiny, tiny_checkpoint: Path, items: tuple[Any, ...]
+) -> None:
+    plan = make_plan(tiny_checkpoint, PRESETS[preset]())
+    assert_exact(plan, quantize_tiny(preset))
+    few = make_plan(tiny_checkpoint, replace(PRESETS[preset](), num_calibration_items=len(items)))
+    # item names and the command are not known to a plan
+    written = sizes(quantize_tiny(preset))["manifest.json"]
+    assert abs(few.manifest_bytes - written) < 500
+
+
+def test_planned_size_of_a_sharded_source_with_other_dtypes(
+    make_checkpoint: MakeCheckpoint, calibration_set: CalibrationSet, tmp_path: Path
+) -> None:
+    source = make_checkpoint(tmp_path / "source", max_shard_bytes=60_000)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    recipe = replace(mixed(), num_calibration_items=len(calibration_set.items))
+    quantize_checkpoint(source, tmp_path / "out", recipe, calibration_set)
+    assert_exact(make_plan(source, recipe), tmp_path / "out")
+
+
+def test_groups_add_up(tiny_checkpoint: Path) -> None:
+    plan = make_plan(tiny_checkpoint, mixed())
+    tensors = Checkpoint(tiny_checkpoint).tensors.values()
+    assert sum(group.num_tensors for group in plan.groups) == len(tensors)
+    assert sum(group.parameters for group in plan.groups) == sum(i.numel for i in tensors)
+    assert sum(group.source_bytes for group in plan.groups) == sum(i.nbytes for i in tensors)
+    assert sum(g.output_bytes for g in plan.groups) == sum(s.data_bytes for s in plan.shards)
+    schemes = {(group.name, group.scheme) for group in plan.groups}
+    assert {("layers: q_proj", "fp8"), ("layers: up_proj", "nvfp4"), ("lm_head", "bf16")} <= schemes
+
+
+def test_rules_say_what_they_match_and_decide(tiny_checkpoint: Path) -> None:
+    rules = (
+        Rule(target="*.up_proj", format="fp8"),
+        Rule(target="*.mixer.*", format="bf16", layers=(1,)),
+        Rule(target="*", format="nvfp4"),
+    )
+    plan = make_plan(tiny_checkpoint, Recipe(name="x", rules=rules))
+    assert [(m.num_matched, m.num_decided) for m in plan.rules] == [(3, 3), (2, 1), (16, 12)]
+    assert "matches 2 linears, decides 1" in "\n".join(plan_lines(plan))
+
+
+def test_rule_that_matches_nothing_is_refused(tiny_checkpoint: Path) -> None:
+    recipe = Recipe(name="x", rules=(Rule(target="*.gate_proj", format="fp8"),))
+    with pytest.raises(RecipeError, match="matches no quantizable linear"):
+        make_plan(tiny_checkpoint, recipe)
+
+
+@pytest.fixture(scope="module")
+def config_12b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("12b")
+    shutil.copyfile(CONFIG_12B, folder / "config.json")
+    return folder
+
+
+@pytest.mark.parametrize(("preset", "gib"), [("fp8", 14.32), ("nvfp4", 9.85)])
+def test_full_size_is_that_of_the_released_checkpoints(
+    preset: str, gib: float, config_12b: Path
+) -> None:
+    plan = make_plan(config_12b, PRESETS[preset]())
+    # predicted from the published layout with 131,072 rows of vocabulary, the config has 512 more,
+    # in two BF16 tables of width 5120: 0.01 GiB; and the prediction has two decimals
+    assert plan.weight_bytes / GIB == pytest.approx(gib + 2 * 512 * 5120 * 2 / GIB, abs=0.01)
+    assert not any(plan.tensor_parallel.values())
+    assert "shapes from config.json" in plan.source.notes[0]
+
+
+def test_index_without_shards_is_enough(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", max_shard_bytes=60_000)
+    whole = make_plan(source, nvfp4())
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    plan = make_plan(source, nvfp4())
+    # the length of summary_idxs is in no config: 1 assumed, 2 there
+    assert whole.weight_bytes - plan.weight_bytes == 8
+    assert "length assumed" in plan.source.notes[1]
+    assert "says" in plan.source.notes[2]
+
+
+def test_index_of_another_model_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", max_shard_bytes=60_000)
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["mlp1.9.weight"] = index["weight_map"].pop("mlp1.1.weight")
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"mlp1\.1\.weight is missing; mlp1\.9\.weight is un"):
+        read_source(source)
+    path.write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match="not a shard index"):
+        read_source(source)
+
+
+def test_quantized_model_is_refused(quantize_tiny: QuantizeTiny) -> None:
+    with pytest.raises(CheckpointError, match="has a quantization_config; required the BF16"):
+        make_plan(quantize_tiny("fp8"), nvfp4())
+
+
+def test_split_that_cuts_a_block_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", language={"intermediate_size": 96})
+    faults = make_plan(source, nvfp4_w4a16()).tensor_parallel
+    assert faults[2] == ()  # 96 = 2 x 3 blocks
+    assert faults[4] == (
+        "num_key_value_heads 2 is not a multiple of 4",
+        "n_groups 2 is not a multiple of 4",
+        "down_proj: 96 inputs are no whole blocks of 16 (3 linears)",
+    )
+    assert not [fault for fault in make_plan(source, fp8()).tensor_parallel[4] if "block" in fault]
+
+
+def test_memory_grows_with_items_and_is_refused_when_too_small(config_12b: Path) -> None:
+    few = make_plan(config_12b, replace(nvfp4(), num_calibration_items=32)).estimate
+    many = make_plan(config_12b, nvfp4()).estimate
+    weights_only = make_plan(config_12b, nvfp4_w4a16()).estimate
+    assert weights_only.memory_bytes < few.memory_bytes < many.memory_bytes
+    assert weights_only.activation_bytes == 0
+    assert few.memory_bytes < 4e9 < many.memory_bytes
+    require_memory(few, parse_memory("4GB"))
+    with pytest.raises(HardwareError, match=r"allowed 4\.0 GB, the run takes about \d.* fewer"):
+        require_memory(many, parse_memory("4GB"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("6GB", 6 * 10**9), ("6 GiB", 6 * GIB), ("900MB", 9 * 10**8), ("1.5G", 15 * 10**8), ("7", 7)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0GB", "6XB"])
+def test_other_amounts_of_memory_are_refused(text: str) -> None:
+    with pytest.raises(HardwareError, match="required an amount such as 6GB"):
+        parse_memory(text)

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.nvvl-installed
 # Two test processes with one thread each beat one process with two threads on a 2-core machine.
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test lint bench wheel-test clean
+.PHONY: install browser demo test lint bench interop wheel-test clean
 
 install: $(STAMP)
 
@@ -22,7 +22,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/nvvl demo
 
-test: install
+# Reports are opened in headless Chromium; without it those tests fail and say so.
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	else \
+		echo "chromium is missing and is not installed without root; say: sudo apt-get install chromium fonts-dejavu-core" >&2; \
+	fi
+
+test: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS)
 
 lint: install
@@ -34,6 +43,30 @@ lint: install
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernels.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/forward.py
+
+# The embedded model in BF16, FP8 and NVFP4, served by vLLM's CPU build: an environment of its own,
+# 2.8 GB, and outside the tests.
+INTEROP_VENV := .venv-interop
+INTEROP_OUT := runs/interop
+INTEROP_ITEMS ?= 100
+EMBEDDED := model/embedded/model.safetensors
+
+interop: install $(INTEROP_VENV)/.installed $(INTEROP_OUT)/fp8/manifest.json $(INTEROP_OUT)/nvfp4/manifest.json
+	$(BIN)/python -m nvvl.tools.interop.reference $(INTEROP_OUT) --items $(INTEROP_ITEMS) \
+		bf16=model/embedded fp8=$(INTEROP_OUT)/fp8 nvfp4=$(INTEROP_OUT)/nvfp4
+	for pair in bf16=model/embedded fp8=$(INTEROP_OUT)/fp8 nvfp4=$(INTEROP_OUT)/nvfp4; do \
+		$(INTEROP_VENV)/bin/python tools/interop/vllm_cpu.py "$${pair#*=}" \
+			$(INTEROP_OUT)/reference.json "$(INTEROP_OUT)/vllm-$${pair%%=*}.json" || exit 1; \
+	done
+	$(BIN)/python -m nvvl.tools.interop.judge $(INTEROP_OUT)
+
+$(INTEROP_OUT)/%/manifest.json: $(EMBEDDED) | install
+	$(BIN)/nvvl quantize $* embedded $(INTEROP_OUT)/$* --samples 256 --overwrite
+
+$(INTEROP_VENV)/.installed: tools/interop/requirements.txt
+	$(PYTHON) -m venv --clear $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 wheel-test: install
 	$(BIN)/python tools/wheel_test.py

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from nvvl.errors import HardwareError, NvvlError, OutputError, RecipeError
+from nvvl.errors import DataError, HardwareError, NvvlError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from nvvl.quantize.recipe import Recipe
@@ -41,8 +41,8 @@ class _Verbs(TyperGroup):
         except NvvlError as error:
             print_error(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from None
-        except KeyboardInterrupt:
-            print_error("interrupted; an output that was not complete is not there")
+        except KeyboardInterrupt as error:
+            print_error(str(error) or "interrupted; an output that was not complete is not there")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -67,8 +67,63 @@ CalibArgument = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Refuse before work starts if it takes more, e.g. 6GB."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+
+
+@app.command(epilog="Example: nvvl plan embedded --format nvfp4")
+def plan(
+    model: ModelArgument,
+    *,
+    preset: Annotated[
+        Preset, typer.Option("--format", help="fp8, nvfp4, nvfp4-w4a16 or mixed.")
+    ] = "nvfp4",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
+    ] = None,
+    recipe: RecipeOption = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where the run would compute.")
+    ] = "cpu",
+    memory: MemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run would do: bytes, memory, time, server rules; reads headers only."""
+    from nvvl.console import print_json, print_table
+    from nvvl.export.planned import planned_view, summarize_rules
+    from nvvl.export.server_rules import check_server_rules
+    from nvvl.model.resolve import resolve_model
+    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.plan import make_plan
+    from nvvl.quantize.plan_text import plan_lines, plan_table
+
+    chosen = _choose_recipe(preset, recipe, samples)
+    planned = make_plan(resolve_model(model), chosen, device=device)
+    if memory is not None:
+        require_memory(planned.estimate, parse_memory(memory))
+    view = planned_view(
+        planned.shards,
+        config=planned.json_files["config.json"],
+        hf_quant_config=planned.json_files["hf_quant_config.json"],
+        source_config=planned.source.config.raw,
+        source_tensors=planned.source.tensors,
+    )
+    checks = check_server_rules(view)
+    if as_json:
+        rules = [check.to_dict() for check in checks]
+        print_json({"model": model, **planned.to_dict(), "server_rules": rules})
+        return
+    print_table(plan_table(planned))
+    print("\n".join(plan_lines(planned)))
+    for server in ("vLLM", "TensorRT-LLM"):
+        print(summarize_rules(server, checks))
 
 
 @app.command(epilog="Example: nvvl quantize nvfp4 embedded OUT --calib my-images/")
@@ -88,28 +143,46 @@ def quantize(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")
+    recipe: RecipeOption = None,
+    from_calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Output of a finished run over MODEL: pack from its scales, calibrate nothing.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
+    memory: MemoryOption = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized checkpoint in the layout that servers load."""
+    """Write a quantized checkpoint in the layout that servers load.
+
+    A run that was killed or interrupted goes on where it stopped, when the same command is given
+    again.
+    """
     from nvvl.calib_data.manifest import load_calibration_set
-    from nvvl.console import print_json, show_progress
+    from nvvl.console import defer_interrupt, print_json, show_progress
     from nvvl.model.load import resolve_model
+    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.plan import make_plan
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint
 
     chosen = _choose_recipe(preset, recipe, samples)
     source = resolve_model(model)
+    if memory is not None:
+        planned = make_plan(source, chosen, calibrate=from_calibration is None)
+        require_memory(planned.estimate, parse_memory(memory))
     items = None
-    if any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules):
+    if from_calibration is not None and (calib != "default" or samples is not None):
+        raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
+    needs_items = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
+    if needs_items and from_calibration is None:
         num_items = chosen.num_calibration_items
         items = load_calibration_set(calib, num_items=num_items, seed=seed)
-    with show_progress() as progress:
+    with show_progress() as progress, defer_interrupt() as stop:
         manifest = quantize_checkpoint(
             source,
             out,
@@ -118,13 +191,85 @@ def quantize(
             device=_choose_device(device),
             overwrite=overwrite,
             progress=progress,
+            stop=stop,
             command=["nvvl", *sys.argv[1:]],
+            from_calibration=from_calibration,
         )
     if as_json:
         print_json({"out": str(out), **manifest.to_dict()})
     else:
         print(f"{out}: {manifest.format}, {len(manifest.tensors)} tensors")
         print(f"prove it: nvvl verify {out} --against {model}")
+
+
+@app.command(epilog="Example: nvvl distill RUN --teacher embedded -o OUT")
+def distill(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder that nvvl quantize wrote; is not changed.")
+    ],
+    *,
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="The BF16 model that RUN was made from.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write; BF16 weights go to OUT.bf16.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(metavar="SET", help="Items: default, a folder of images, or a JSONL file."),
+    ] = "default",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; else the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; else the recipe's.")] = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a quantized checkpoint towards its BF16 teacher; goes on where it stopped."""
+    from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.console import print_json, show_progress
+    from nvvl.distill.presets import load_distill_recipe
+    from nvvl.distill.train import distill as distill_run
+    from nvvl.model.load import resolve_model
+
+    preset = "qad_nvfp4_embedded" if teacher == "embedded" else "qad_nvfp4"
+    chosen = load_distill_recipe(recipe or preset)
+    chosen = replace(
+        chosen, num_steps=steps or chosen.num_steps, learning_rate=lr or chosen.learning_rate
+    )
+    num_items = chosen.num_training_items + chosen.num_validation_items
+    source = resolve_model(teacher)
+    items = load_calibration_set(data, num_items=num_items, seed=seed)
+    with show_progress() as progress:
+        result = distill_run(
+            run,
+            source,
+            out,
+            chosen,
+            items,
+            seed=seed,
+            device=_choose_device(device),
+            overwrite=overwrite,
+            progress=progress,
+            command=["nvvl", *sys.argv[1:]],
+        )
+    if as_json:
+        losses = {"start_loss": result.start_loss, "best_loss": result.best_loss}
+        print_json(
+            {"out": str(out), "bf16": str(result.bf16), **losses, "best_step": result.best_step}
+        )
+        return
+    print(
+        f"{out}: validation loss {result.start_loss:.5f} before, {result.best_loss:.5f} at step "
+        f"{result.best_step}, which is written"
+    )
+    print(f"prove it: nvvl verify {out} --against {result.bf16}")
 
 
 @app.command(epilog="Example: nvvl verify OUT --against embedded")
@@ -199,7 +344,7 @@ def evaluate(
     _show_report([run.out for run in runs], out, as_json)
 
 
-@app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report")
+@app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")
 def report(
     runs: Annotated[
         list[Path],
@@ -208,13 +353,20 @@ def report(
         ),
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path(
-        "report"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the report, or its page: NAME.html.")
+    ] = Path("report"),
+    proof: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Output of nvvl verify --json; may be given several times. "
+            "verify-NAME.json beside a checkpoint NAME is found without."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs item by item; write report.json and report.md and print the table."""
-    _show_report(runs, out, as_json)
+    """Compare runs item by item: a page, a model card of each checkpoint, JSON and a table."""
+    _show_report(runs, out, as_json, proofs=proof or ())
 
 
 @calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")
@@ -362,19 +514,20 @@ def _choose_device(device: Device) -> str:
     return device
 
 
-def _show_report(runs: Sequence[Path], out: Path, as_json: bool) -> None:
-    """Compare runs, write the report and print it."""
+def _show_report(
+    runs: Sequence[Path], out: Path, as_json: bool, *, proofs: Sequence[Path] = ()
+) -> None:
+    """Compare runs, write everything about them and print the table."""
     from nvvl.console import print_json, print_table
-    from nvvl.reports.collect import collect
-    from nvvl.reports.render import make_table, write_report
+    from nvvl.reports.publish import publish
+    from nvvl.reports.render import make_table
 
-    compared = collect(runs)
-    paths = write_report(compared, out)
+    published = publish(runs, out, proofs=proofs)
     if as_json:
-        print_json(asdict(compared))
+        print_json(asdict(published.report))
         return
-    print_table(make_table(compared))
-    print(*paths, sep="\n")
+    print_table(make_table(published.report))
+    print(*published.paths, sep="\n")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@
       OutputError        an output folder that exists, or a disk that is full
       VerificationError  a written checkpoint that is not what it claims to be
       HardwareError      a device, memory or compiler that the request needs and the machine lacks
+      TrainingError      a distillation that gave NaN, or diverged
       EngineError        an ONNX graph or TensorRT engine that cannot be built or run
 
 The command line prints the message and exits with 2. Every other exception is a bug of nvvl's own
@@ -50,6 +51,10 @@ class VerificationError(NvvlError):
 
 class HardwareError(NvvlError):
     """The machine lacks what the request needs."""
+
+
+class TrainingError(NvvlError):
+    """A distillation gave NaN or Inf, or moved away from its teacher."""
 
 
 class EngineError(NvvlError):

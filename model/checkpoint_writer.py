@@ -202,7 +202,7 @@ class CheckpointWriter:
         return hashlib.sha256(data).hexdigest()
 
     def finish(self) -> None:
-        """Give the files their names, and write the index where there are several.
+        """Give the files their names, and write the index.
 
         Raises:
             ValueError: if tensors of the layout were not written.
@@ -218,8 +218,7 @@ class CheckpointWriter:
             self.close()
             for shard in self._shards:
                 _partial(self._folder, shard).rename(self._folder / shard.name)
-            if index:
-                (self._folder / INDEX_NAME).write_bytes(index)
+            (self._folder / INDEX_NAME).write_bytes(index)
 
     def close(self) -> None:
         """Close the files; what is unfinished keeps the suffix ``.partial``."""
@@ -295,9 +294,11 @@ def _place(folder: Path, shard: Shard) -> Iterator[TensorInfo]:
 
 
 def _encode_index(shards: Sequence[Shard]) -> bytes:
-    """Build the index file; empty for a single file, which needs none."""
-    if len(shards) == 1:
-        return b""
+    """Build the index file.
+
+    A single file gets one too: a server that finds no index loads every ``*.safetensors`` beside
+    it as weights (vLLM does), and ``calibration.safetensors`` holds none.
+    """
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     index = {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},

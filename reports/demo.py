@@ -1,6 +1,6 @@
 """The whole chain on one model: quantize, prove, evaluate, compare.
 
-    MODEL -> OUT/fp8, OUT/nvfp4 -> verified? -> OUT/runs/{bf16,fp8,nvfp4} -> OUT/report.{json,md}
+    MODEL -> OUT/fp8, OUT/nvfp4 -> verified? -> OUT/runs/{bf16,fp8,nvfp4} -> OUT/report.html
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
@@ -16,9 +16,10 @@ from nvvl.errors import OutputError
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
-from nvvl.reports.collect import Report, collect
+from nvvl.reports.collect import Report
 from nvvl.reports.evaluate import Candidate, Options, evaluate
-from nvvl.reports.render import write_report
+from nvvl.reports.evidence import PROOF_NAME
+from nvvl.reports.publish import publish
 from nvvl.reports.suites import find_suites
 
 # (step and what it is at, how many are done, of how many)
@@ -91,7 +92,7 @@ def run_demo(
             command=("nvvl", "demo"),
         )
         proofs[name] = verify(folder, source, progress=_within(f"verify {name}", progress))
-        proofs[name].write_report(out / f"verify-{name}.json")
+        proofs[name].write_report(out / PROOF_NAME.format(name))
     folders = {"bf16": source, **outputs}
     runs = evaluate(
         [
@@ -109,10 +110,9 @@ def run_demo(
         overwrite=True,
         progress=_within("evaluate", progress),
     )
-    report = collect(runs, verified={name.upper(): proof.passed for name, proof in proofs.items()})
-    json_path, markdown_path = write_report(report, out)
-    outputs |= {"answers": out / "runs", "report": markdown_path, "data": json_path}
-    return DemoResult(report=report, proofs=proofs, outputs=outputs)
+    published = publish(runs, out, proofs=[out / PROOF_NAME.format(name) for name in FORMATS])
+    outputs |= {"answers": out / "runs", "data": published.data, "report": published.page}
+    return DemoResult(report=published.report, proofs=proofs, outputs=outputs)
 
 
 def _within(step: str, progress: ProgressCallback | None) -> ProgressCallback | None:

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError
-from nvvl.quantize.manifest import MANIFEST_NAME, Manifest
+from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.quantize.staging import MANIFEST_NAME
 from nvvl.reports.run import RunResult
+
+# Name of a proof beside the checkpoint whose name is put in.
+PROOF_NAME = "verify-{}.json"
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,7 @@ class Evidence:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def gather_evidence(
-    runs: Sequence[RunResult], proofs: Sequence[Path] = ()
-) -> dict[str, Evidence]:
+def gather_evidence(runs: Sequence[RunResult], proofs: Sequence[Path] = ()) -> dict[str, Evidence]:
     """Read what is known of the checkpoints behind some runs.
 
     Args:
@@ -95,7 +97,7 @@ def gather_evidence(
     by_folder = {proof.folder.resolve(): proof for proof in map(read_proof, proofs)}
     folders = [run.model.resolve() for run in runs]
     for folder in folders:
-        beside = folder.with_name(f"verify-{folder.name}.json")
+        beside = folder.with_name(PROOF_NAME.format(folder.name))
         if folder not in by_folder and folder.is_dir() and beside.is_file():
             by_folder[folder] = read_proof(beside)
     for folder, proof in by_folder.items():
@@ -134,9 +136,7 @@ def read_proof(path: Path) -> Proof:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: required the output of nvvl verify --json ({error!r})"
-        ) from None
+        raise DataError(f"{path}: required the output of nvvl verify --json ({error!r})") from None
 
 
 def _require_newer(proof: Proof, folder: Path) -> None:
@@ -151,7 +151,8 @@ def _require_newer(proof: Proof, folder: Path) -> None:
 
 
 def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
-    manifest, recipe, formats = None, None, {}
+    manifest, recipe = None, None
+    formats: Mapping[str, str] = {}
     if (folder / MANIFEST_NAME).is_file():
         manifest = Manifest.read(folder)
         recipe, formats = _read_recipe(folder / RECIPE_NAME)

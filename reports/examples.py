@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.errors import DataError
 from nvvl.reports.run import Answer, RunResult
-from nvvl.reports.suites import find_suites
+from nvvl.reports.suites import SUITES
 
 # Enough for a line of print to be legible at the width of a column.
 _MAX_SIDE = 640
 _MAX_FRAMES = 4
 _WEBP_QUALITY = 82
+
+_LEFT_OUT = "\N{MIDDLE DOT}"  # no truth has one: they are ASCII
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def find_examples(runs: Sequence[RunResult], *, per_suite: int) -> list[SuiteExa
 def mark_errors(answer: str, truth: str) -> tuple[Span, ...]:
     """Split an answer where it agrees with the truth and where it does not.
 
-    What the answer leaves out is marked as a wrong ``‸``.
+    What the answer leaves out is marked as a wrong middle dot.
     """
     spans = []
     matcher = difflib.SequenceMatcher(None, truth, answer, autojunk=False)
     for kind, _, _, start, end in matcher.get_opcodes():
-        text = "‸" if kind == "delete" else answer[start:end]
+        text = _LEFT_OUT if kind == "delete" else answer[start:end]
         spans.append(Span(text, kind != "equal"))
     return tuple(spans)
 
@@ -131,12 +132,9 @@ def _make_example(row: Sequence[Answer], runs: Sequence[RunResult]) -> Example:
 
 
 def _draw_again(answer: Answer, seed: int) -> tuple[str, ...]:
-    try:
-        (suite,) = find_suites([answer.suite])
-        item = suite.make_item(answer.index, seed)
-    except DataError:  # a suite of another version: the page then says that there is no picture
-        return ()
-    if item_hash(item) != answer.item_sha256:
+    suite = SUITES.get(answer.suite)  # None if a suite of another version was asked
+    item = None if suite is None else suite.make_item(answer.index, seed)
+    if item is None or item_hash(item) != answer.item_sha256:
         return ()
     return tuple(_to_data_url(picture) for picture in _pictures_of(item))
 

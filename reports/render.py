@@ -28,8 +28,13 @@ class Row:
     cells: tuple[str, ...]
 
 
-def write_report(report: Report, out: Path) -> tuple[Path, Path]:
-    """Write ``report.json`` and ``report.md`` into a folder, made if needed.
+def write_report(report: Report, out: Path, *, name: str = "report") -> tuple[Path, Path]:
+    """Write the comparison as JSON and as Markdown into a folder, made if needed.
+
+    Args:
+        report: what to write.
+        out: the folder.
+        name: of both files, without ending.
 
     Returns:
         The two paths.
@@ -41,7 +46,7 @@ def write_report(report: Report, out: Path) -> tuple[Path, Path]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: required a folder for the report, got a file")
     out.mkdir(parents=True, exist_ok=True)
-    json_path, markdown_path = out / "report.json", out / "report.md"
+    json_path, markdown_path = out / f"{name}.json", out / f"{name}.md"
     json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     markdown_path.write_text(render_markdown(report), encoding="utf-8")
     return json_path, markdown_path
@@ -68,7 +73,7 @@ def render_markdown(report: Report) -> str:
             f"{run.folder_bytes:,} bytes in all files, sha256 {run.model_sha256[:16]}), "
             f"answers in {run.out}"
         ]
-    lines += ["", "## How to read this", "", *(f"- {note}" for note in _NOTES), ""]
+    lines += ["", "## How to read this", "", *(f"- {note}" for note in NOTES), ""]
     return "\n".join(lines)
 
 
@@ -105,7 +110,7 @@ def make_rows(report: Report) -> list[Row]:
     return rows
 
 
-_NOTES = (
+NOTES = (
     "report.json has exact match, character error rate, KL, top-1 agreement and McNemar's test of "
     "every suite, unrounded.",
     "Differences are taken item by item over the same items, in percentage points, with a paired "

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from nvvl.cli import app
+from nvvl.quantize import walk as walk_module
 
 VERBS = [
+    ["plan"],
     ["quantize"],
+    ["distill"],
     ["verify"],
     ["evaluate"],
     ["report"],
@@ -144,6 +148,92 @@ def test_existing_output_is_kept_unless_told_otherwise(quantized: Path, source: 
     assert (quantized / "manifest.json").read_bytes() == before
 
 
+def test_interrupted_run_says_how_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick = walk_module._Ticker.tick
+
+    def interrupt(ticker: walk_module._Ticker) -> None:
+        if ticker.stage == "mlp1":
+            signal.raise_signal(signal.SIGINT)
+        tick(ticker)
+
+    arguments = ["quantize", "nvfp4-w4a16", source, tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(walk_module._Ticker, "tick", interrupt)
+        result = run(*arguments)
+    assert result.exit_code == 130
+    assert "finishing this block" in result.stderr
+    assert "the same command goes on from there" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert run(*arguments).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_second_export_needs_no_calibration(quantized: Path, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", "nvfp4", source, out, "--from-calibration", quantized]
+    assert_user_error(run(*arguments, "--samples", "2"), "takes no --calib and no --samples")
+    assert run(*arguments).exit_code == 0
+    items = [
+        json.loads((folder / "manifest.json").read_text())["calibration"]
+        for folder in (quantized, out)
+    ]
+    assert items[0] == items[1]
+    assert run("verify", out, "--against", source, "--no-logits").exit_code == 0
+
+
+def test_plan_is_quick_and_does_not_import_torch(source: Path) -> None:
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from nvvl.cli import app\n"
+        "result = CliRunner().invoke(app, ['plan', sys.argv[1], '--json'])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "print([n for n in ('torch', 'transformers', 'modelopt') if n in sys.modules])"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", program, source], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.strip() == "[]"
+    # CPU time, not wall time: other tests run beside this one
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+
+
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4", "nvfp4-w4a16", "mixed"])
+def test_plan_foresees_the_server_rules(preset: str, source: Path) -> None:
+    planned = json.loads(run("plan", source, "--format", preset, "--json").stdout)
+    assert planned["exact"]
+    status = {check["rule"]: check["status"] for check in planned["server_rules"]}
+    assert "failed" not in status.values()
+    assert {rule for rule, word in status.items() if word == "passed"} >= {"D1", "E1", "N5", "C8"}
+    text = run("plan", source, "--format", preset).stdout
+    assert f"weights: exactly {planned['weight_bytes']:,} bytes" in text
+    assert "TensorRT-LLM: " in text
+    assert "tensor parallel 2: every layer splits" in text
+
+
+def test_rule_that_will_fail_is_named_before_the_run(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["args"]["min_num_patches"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "vLLM: " in (text := run("plan", folder).stdout)
+    assert "FAILS C4 (no dynamic resolution)" in text
+
+
+def test_too_little_memory_is_refused_before_work_starts(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused = run("quantize", "nvfp4-w4a16", source, out, "--memory", "10MB")
+    assert_user_error(refused, "allowed 0.0 GB, the run takes about")
+    assert not list(tmp_path.iterdir())
+    assert run("quantize", "nvfp4-w4a16", source, out, "--memory", "6GB").exit_code == 0
+    assert_user_error(run("plan", source, "--memory", "6 apples"), "an amount such as 6GB")
+
+
 def test_json_is_all_there_is_on_stdout(source: Path, tmp_path: Path) -> None:
     result = run("quantize", "nvfp4-w4a16", source, tmp_path / "out", "--json")
     assert json.loads(result.stdout)["format"] == "nvfp4-w4a16"
@@ -174,7 +264,24 @@ def test_runs_are_compared_item_by_item(quantized: Path, source: Path, tmp_path:
     assert again.exit_code == 0, again.output
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert "line" in again.stdout
-    assert str(tmp_path / "report" / "report.md") in again.stdout
+    for name in ("report.html", "report.md", f"cards/{quantized.name}/README.md"):
+        assert str(tmp_path / "report" / name) in again.stdout
+        assert (tmp_path / "report" / name).is_file()
+
+
+def test_proof_of_no_run_is_refused(source: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run("evaluate", source, "-o", runs, "--items", "1", "--suite", "line")
+    proof = tmp_path / "proof.json"
+    values = {"folder": str(tmp_path), "passed": True, "checks": [], "sqnr_db": {}, "counts": {}}
+    proof.write_text(json.dumps(values))
+    page = tmp_path / "mine.html"
+    refused = run("report", runs / source.name, "-o", page, "--proof", proof)
+    assert_user_error(refused, "proof.json", "which no run is of")
+    assert not page.exists()
+    assert run("report", runs / source.name, "-o", page).exit_code == 0
+    assert page.is_file()
+    assert (tmp_path / "mine.json").is_file()
 
 
 def test_two_models_of_one_name_are_refused(source: Path, tmp_path: Path) -> None:

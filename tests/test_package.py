@@ -141,6 +141,7 @@ def test_constraints_pin_every_direct_dependency(pyproject: dict[str, Any]) -> N
         "model.checkpoint",
         "quantize.recipe",
         "quantize.presets",
+        "quantize.plan",
         "export.server_rules",
     ],
 )

@@ -387,10 +387,23 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
         assert file.get_tensor("t1").equal(tensors["t1"])
 
 
-def test_planned_bytes_are_known_without_writing(tiny_checkpoint: Path) -> None:
-    infos = sorted(Checkpoint(tiny_checkpoint).tensors.values(), key=lambda info: info.start)
-    shards = plan_shards([TensorSpec(i.name, i.dtype, i.shape) for i in infos])
-    assert files_bytes(shards) == (tiny_checkpoint / "model.safetensors").stat().st_size
+def test_planned_bytes_are_known_without_writing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    layout = [TensorSpec(i.name, i.dtype, i.shape) for i in checkpoint.tensors.values()]
+    with CheckpointWriter(tmp_path / "copy", layout) as writer:
+        for name in checkpoint.tensors:
+            writer.write(name, checkpoint.load(name))
+        writer.finish()
+    written = [path.stat().st_size for path in (tmp_path / "copy").iterdir()]
+    assert files_bytes(plan_shards(layout)) == sum(written)
+
+
+def test_a_single_file_has_an_index_too(tmp_path: Path) -> None:
+    # else servers take other safetensors files of the folder for weights
+    with CheckpointWriter(tmp_path, [TensorSpec("x", "U8", (3,))]) as writer:
+        writer.write("x", torch.zeros(3, dtype=torch.uint8))
+        writer.finish()
+    assert json.loads((tmp_path / INDEX).read_text())["weight_map"] == {"x": "model.safetensors"}
 
 
 def test_strided_tensor_is_written_row_major(tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ def test_demo_proves_and_compares_both_formats(source: Path, tmp_path: Path) -> 
         "evaluate",
     ]
     assert all(path.exists() for path in result.outputs.values())
+    page = result.outputs["report"].read_text(encoding="utf-8")
+    assert result.outputs["report"] == out / "report.html"
+    assert "FP8, language_model.backbone.layers" in page
+    assert "NVFP4, language_model.backbone.layers" in page
     assert load_run(out / "runs" / "nvfp4").model == out / "nvfp4"
 
 

@@ -1,0 +1,174 @@
+"""Losses between teacher and student, computed without ever holding all logits.
+
+Logits are the last hidden states times the head, and at a vocabulary of 131,072 they are 25 times
+larger than the hidden states they come from. So rows (token positions) are taken in chunks: their
+logits are formed in FP32, give their part of the loss and, at once, of the gradient with respect to
+the student's hidden states, and are dropped. The backward pass only scales that gradient. Logits
+are therefore computed once, not twice as with recomputation.
+
+Memory beyond the inputs, with V vocabulary, D hidden size, N rows and c rows a chunk:
+
+    8 N D                        the gradient in FP32, and the same scaled by the backward pass
+  + BUFFERS * 4 c V              the chunk: two sets of logits, probabilities, their difference
+  + 4 D * min(V, BLOCK)          one block of the head in FP32
+
+``c`` follows from ``chunk_bytes`` (`chunk_rows`), so the middle term stays at ``chunk_bytes`` for
+any V and N: at V = 131,072, D = 5,120 and N = 16,384 the sum is 0.63 + 0.5 + 0.31 GiB, less where
+hidden states and so the scaled gradient are BF16. A head that trains adds 8 V D.
+
+The losses are means over rows: ``kl`` sum_v p_t (log p_t - log p_s) in nats, temperature 1 on both
+sides (forward KL, arXiv 2601.20088); ``mse`` the mean over the vocabulary of squared differences of
+logits; ``ce`` -log p_s of the next token, for which there is no teacher.
+
+Shapes: N rows, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvvl.distill.recipe import Loss
+
+BUFFERS = 6
+BLOCK = 16384
+CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden states of some token positions and the head that makes logits of them.
+
+    Attributes:
+        hidden: (N, D) float, after the final norm.
+        head: (V, D) float, the head's weight.
+    """
+
+    hidden: Tensor
+    head: Tensor
+
+
+def chunk_rows(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Return how many rows are taken at once."""
+    return max(1, chunk_bytes // (BUFFERS * 4 * vocab_size))
+
+
+def chunked_loss(
+    kind: Loss,
+    student: Rows,
+    *,
+    teacher: Rows | None = None,
+    targets: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Compute a loss over rows, differentiable with respect to the student.
+
+    Args:
+        kind: Which loss.
+        student: Its rows; gradients flow to ``hidden`` and, if it requires one, to ``head``.
+        teacher: The same positions of the teacher, for ``kl`` and ``mse``.
+        targets: (N,) int64 next tokens, for ``ce``.
+        chunk_bytes: Memory for logits.
+
+    Returns:
+        FP32 scalar, the mean over rows.
+
+    Raises:
+        ValueError: If there are no rows, or what the loss compares with is missing or misshapen.
+    """
+    num_rows, vocab_size = len(student.hidden), len(student.head)
+    if not num_rows:
+        raise ValueError("student: at least one row is needed, got none")
+    if kind == "ce":
+        if targets is None or targets.shape != (num_rows,):
+            raise ValueError(f"targets: ce needs ({num_rows},) token ids")
+    elif teacher is None or (len(teacher.hidden), len(teacher.head)) != (num_rows, vocab_size):
+        raise ValueError(f"teacher: {kind} needs {num_rows} rows and a vocabulary of {vocab_size}")
+    rows = chunk_rows(vocab_size, chunk_bytes)
+    against = targets if kind == "ce" else teacher
+    loss: Tensor = _ChunkedLoss.apply(student.hidden, student.head, kind, against, rows)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, kind: Loss, against: "Rows | Tensor", rows: int
+    ) -> Tensor:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        total = torch.zeros((), device=hidden.device)
+        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        head_grad = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = _logits(hidden[part], head)
+            if isinstance(against, Tensor):
+                compared = against[part]
+            else:
+                compared = _logits(against.hidden[part], against.head)
+            total += _LOSSES[kind](logits, compared)  # logits become d loss / d logits
+            if hidden_grad is not None:
+                _add_hidden_grad(hidden_grad[part], logits, head)
+            if head_grad is not None:
+                head_grad.addmm_(logits.T, hidden[part].float())
+        num_rows = len(hidden)
+        ctx.grads = [
+            None if grad is None else grad.div_(num_rows).to(like.dtype)
+            for grad, like in ((hidden_grad, hidden), (head_grad, head))
+        ]
+        return total / num_rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scale = gradients[0]
+        hidden, head = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.grads)
+        return hidden, head, None, None, None
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return (c, V) float32: BF16 logits would round away differences as small as the KL."""
+    wide = hidden.float()
+    if len(head) <= BLOCK:
+        return wide @ head.float().T
+    logits = torch.empty(len(hidden), len(head), device=hidden.device)
+    for start in range(0, len(head), BLOCK):
+        block = head[start : start + BLOCK].float()
+        logits[:, start : start + BLOCK] = wide @ block.T
+    return logits
+
+
+def _add_hidden_grad(grad: Tensor, logits_grad: Tensor, head: Tensor) -> None:
+    for start in range(0, len(head), BLOCK):
+        grad.addmm_(logits_grad[:, start : start + BLOCK], head[start : start + BLOCK].float())
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    student_log = student.log_softmax(-1)
+    teacher_log = teacher.log_softmax(-1)
+    probability = teacher.copy_(teacher_log).exp_()
+    loss = teacher_log.sub_(student_log).mul_(probability).sum()
+    student.copy_(student_log).exp_().sub_(probability)
+    return loss
+
+
+def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    vocab_size = student.shape[-1]
+    difference = student.sub_(teacher)
+    loss = difference.square().sum() / vocab_size
+    difference.mul_(2 / vocab_size)
+    return loss
+
+
+def _ce(student: Tensor, targets: Tensor) -> Tensor:
+    student_log = student.log_softmax(-1)
+    picked = targets[:, None]
+    loss = -student_log.gather(-1, picked).sum()
+    student.copy_(student_log).exp_()
+    student.scatter_add_(-1, picked, torch.full_like(picked, -1, dtype=student.dtype))
+    return loss
+
+
+# Each takes float32 logits (c, V) and what they are compared with, returns the sum over rows and
+# leaves its gradient in the student's logits.
+_LOSSES = {"kl": _kl, "mse": _mse, "ce": _ce}

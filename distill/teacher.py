@@ -1,0 +1,84 @@
+"""The frozen BF16 teacher, and the check that a quantized run was made from it.
+
+The student starts from the teacher's weights with the run's scales. Scales of other weights would
+be silently wrong, so the run must prove where it comes from: its own bytes must be those of its
+manifest, and the manifest's source hashes those of the teacher's tensors.
+"""
+
+import hashlib
+from pathlib import Path
+
+from nvvl.errors import CheckpointError, ConfigError
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.processor import Processor
+from nvvl.quantize.load import check_quantized_tensors, is_quantized, read_formats
+from nvvl.quantize.manifest import Manifest
+
+
+def check_run(run: Path, teacher: Path) -> Manifest:
+    """Prove that a quantized folder is unchanged and was made from a BF16 folder.
+
+    Args:
+        run: What ``nvvl quantize`` wrote.
+        teacher: The BF16 checkpoint.
+
+    Returns:
+        The run's manifest.
+
+    Raises:
+        ConfigError: if a config.json or the tokenizer cannot be used, or they are of another model.
+        CheckpointError: if the run is not quantized, its bytes are not those of its manifest, or
+            it was made from other weights.
+    """
+    source, written = Checkpoint(teacher), Checkpoint(run)
+    if is_quantized(source):
+        raise CheckpointError(f"{teacher}: is quantized; the teacher must be the BF16 checkpoint")
+    if not is_quantized(written):
+        raise CheckpointError(f"{run}: is not quantized; give a folder that nvvl quantize wrote")
+    if written.config.language != source.config.language:
+        raise ConfigError(f"{run}: config.json describes another language model than {teacher}")
+    tokenizers = [Processor.from_folder(folder).tokenizer for folder in (run, teacher)]
+    if tokenizers[0].to_str() != tokenizers[1].to_str():
+        raise ConfigError(f"{run}: has another tokenizer than {teacher}; give the run's own source")
+    manifest = Manifest.read(run)
+    check_quantized_tensors(written, read_formats(written))
+    _check_unchanged(written, manifest)
+    _check_source(source, manifest, run)
+    return manifest
+
+
+def _check_unchanged(written: Checkpoint, manifest: Manifest) -> None:
+    faults = sorted(written.tensors.keys() ^ manifest.tensors.keys())
+    faults += [
+        name
+        for name, record in manifest.tensors.items()
+        if name in written.tensors and written.sha256(name) != record.sha256
+    ]
+    for name, sha256 in manifest.files.items():
+        path = written.folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            faults.append(name)
+    if faults:
+        raise CheckpointError(
+            f"{written.folder}: not what its manifest says: {_shorten(faults)}; run nvvl verify on "
+            "it, and quantize the source again"
+        )
+
+
+def _check_source(source: Checkpoint, manifest: Manifest, run: Path) -> None:
+    faults = sorted(source.tensors.keys() ^ manifest.source.keys())
+    faults += [
+        name
+        for name, sha256 in manifest.source.items()
+        if name in source.tensors and source.sha256(name) != sha256
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{run}: was not made from {source.folder}: {_shorten(faults)} differ; give its own "
+            "source as the teacher"
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

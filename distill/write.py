@@ -1,0 +1,176 @@
+"""Writes what training made: the trained BF16 weights, and the quantized checkpoint from them.
+
+Both are folders in the released layout. The BF16 one is the source of the quantized one in every
+sense that ``nvvl verify OUT --against OUT.bf16`` proves: its tensors are hashed in the manifest,
+packed codes are the rounding of its weights, and each weight amax is theirs. What was not trained
+is byte for byte the teacher's. The manifest's ``distillation`` names teacher, run, recipe and data.
+
+The quantized folder is made from the BF16 folder on disk, not from memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvvl.errors import OutputError
+from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from nvvl.model.safetensors_io import tensor_bytes
+from nvvl.quantize import kernels
+from nvvl.quantize.layout import CALIBRATION_NAME, build_layout
+from nvvl.quantize.load import read_recipe_formats
+from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
+from nvvl.quantize.pack import (
+    Amax,
+    pack_linear,
+    read_amaxes,
+    require_usable,
+    share_qkv,
+)
+from nvvl.quantize.recipe import Recipe
+from nvvl.quantize.side_files import RECIPE_NAME, copy_side_files, write_side_files
+from nvvl.quantize.targets import list_linears, quantized_only
+
+
+def write_bf16(
+    teacher: Path,
+    folder: Path,
+    masters: Mapping[str, Tensor],
+    *,
+    distillation: Mapping[str, Any],
+    command: Sequence[str],
+) -> Manifest:
+    """Write the teacher's checkpoint with the trained tensors in place of its own.
+
+    Args:
+        teacher: The BF16 checkpoint.
+        folder: An empty folder.
+        masters: Trained tensors by name, float32; stored as BF16 values in the dtype the teacher
+            stores.
+        distillation: For the manifest.
+        command: For the manifest.
+
+    Raises:
+        OutputError: if a file cannot be written.
+    """
+    checkpoint = Checkpoint(teacher)
+    in_file_order = sorted(
+        checkpoint.tensors.values(), key=lambda info: (info.file.name, info.start)
+    )
+    layout = [TensorSpec(info.name, info.dtype, info.shape) for info in in_file_order]
+    source, written = {}, {}
+    with CheckpointWriter(folder, layout) as writer:
+        for spec in layout:
+            tensor = checkpoint.load(spec.name)
+            source[spec.name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+            if spec.name in masters:
+                tensor = masters[spec.name].detach().cpu().bfloat16().to(tensor.dtype)
+            sha256 = writer.write(spec.name, tensor)
+            written[spec.name] = TensorRecord(sha256, spec.dtype, spec.shape)
+        writer.finish()
+    copy_side_files(checkpoint.folder, folder)
+    _copy_config(checkpoint.folder, folder)
+    return _write_manifest(
+        folder, "bf16", source, written, items=(), distillation=distillation, command=command
+    )
+
+
+def write_quantized(
+    source: Path,
+    run: Path,
+    folder: Path,
+    *,
+    distillation: Mapping[str, Any],
+    command: Sequence[str],
+) -> Manifest:
+    """Pack a BF16 checkpoint with a run's formats and input amax, and its own weight amax.
+
+    Args:
+        source: The trained BF16 checkpoint.
+        run: The quantized folder that training started from.
+        folder: An empty folder.
+        distillation: For the manifest.
+        command: For the manifest.
+
+    Raises:
+        CalibrationError: if a weight became all zero.
+        OutputError: if a file cannot be written.
+    """
+    checkpoint = Checkpoint(source)
+    formats = read_recipe_formats(run / RECIPE_NAME, list_linears(checkpoint.config))
+    amaxes = _amaxes(checkpoint, read_amaxes(run / CALIBRATION_NAME, quantized_only(formats)))
+    require_usable(amaxes, formats)
+    layout = {spec.name: spec for spec in build_layout(checkpoint, formats)}
+    hashes, written = {}, {}
+    with CheckpointWriter(folder, list(layout.values())) as writer:
+        for name in checkpoint.tensors:
+            hashes[name] = checkpoint.sha256(name)
+            fqn = name.removesuffix(".weight")
+            tensors = {name: checkpoint.load(name)}
+            if fqn in amaxes:
+                packed = pack_linear(tensors[name].bfloat16(), formats[fqn], amaxes[fqn])
+                tensors = {f"{fqn}.{leaf}": tensor for leaf, tensor in packed.items()}
+            for key, tensor in tensors.items():
+                sha256 = writer.write(key, tensor)
+                written[key] = TensorRecord(sha256, layout[key].dtype, layout[key].shape)
+        writer.finish()
+    write_side_files(folder, checkpoint, _read_recipe(run), formats, amaxes)
+    items = Manifest.read(run).items
+    recipe_name = _read_recipe(run).name
+    return _write_manifest(
+        folder,
+        recipe_name,
+        hashes,
+        written,
+        items=items,
+        distillation=distillation,
+        command=command,
+    )
+
+
+def _amaxes(checkpoint: Checkpoint, calibrated: Mapping[str, Amax]) -> dict[str, Amax]:
+    amaxes = {}
+    for fqn, amax in calibrated.items():
+        weight = checkpoint.load(f"{fqn}.weight").to(torch.bfloat16)
+        amaxes[fqn] = Amax(kernels.amax(weight), amax.input)
+    return share_qkv(amaxes)
+
+
+def _read_recipe(run: Path) -> Recipe:
+    values = json.loads((run / RECIPE_NAME).read_text(encoding="utf-8"))
+    return Recipe.from_dict(values["recipe"])
+
+
+def _copy_config(source: Path, folder: Path) -> None:
+    try:
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    except OSError as error:
+        raise OutputError(f"{folder}/config.json: cannot be written ({error.strerror})") from error
+
+
+def _write_manifest(
+    folder: Path,
+    name: str,
+    source: Mapping[str, str],
+    written: Mapping[str, TensorRecord],
+    *,
+    items: Sequence[tuple[str, str]],
+    distillation: Mapping[str, Any],
+    command: Sequence[str],
+) -> Manifest:
+    manifest = Manifest(
+        format=name,
+        command=tuple(command),
+        source=source,
+        tensors=written,
+        files=hash_files(folder),
+        items=items,
+        versions=library_versions(),
+        distillation=distillation,
+    )
+    manifest.write(folder)
+    return manifest

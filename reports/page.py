@@ -1,0 +1,127 @@
+"""The report as one HTML page that needs nothing else: no network, no script, no other file.
+
+The page says what was measured, how sure it is, where the runs differ, how the checkpoints were
+made and whether they were proved. Everything is drawn from the runs and the checkpoints' own
+records; what is not known is said to be unknown. Layout and style are in ``templates/``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from nvvl.reports.collect import Report, RunScore
+from nvvl.reports.evidence import Evidence
+from nvvl.reports.examples import find_examples
+from nvvl.reports.plots import SHAPES, plot_forest, plot_noise, plot_sizes, shape_of
+from nvvl.reports.published import PUBLISHED_TABLES
+from nvvl.reports.render import NOTES, make_rows
+from nvvl.reports.run import RunResult
+from nvvl.reports.suites import SUITES
+
+# The page grows by some 20 kB a question.
+_EXAMPLES_IN_ALL = 18
+_EXAMPLES_PER_SUITE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the head of the page says of a run.
+
+    Attributes:
+        size: of the weights, with its unit.
+        size_percent: of the baseline's.
+        change: the lowest difference to the baseline, in words; empty for the baseline.
+    """
+
+    label: str
+    size: str
+    size_percent: float
+    change: str
+    verified: bool | None
+    sees_the_image: bool | None
+
+
+def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str, Evidence]) -> str:
+    """Return the HTML page of a comparison.
+
+    Args:
+        report: the comparison of these runs.
+        runs: the runs, whose answers are shown side by side.
+        evidence: what is known of their checkpoints, by label.
+    """
+    labels = [run.label for run in report.runs]
+    proofs = {label: proof for label in labels if (proof := evidence[label].proof) is not None}
+    num_suites = len(report.runs[0].suites)
+    per_suite = min(_EXAMPLES_PER_SUITE, max(1, _EXAMPLES_IN_ALL // num_suites))
+    return (
+        open_templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            labels=labels,
+            summaries=[_summarize(run, report.runs[0]) for run in report.runs],
+            rows=make_rows(report),
+            notes=NOTES,
+            forest=plot_forest(report),
+            sizes=plot_sizes(report),
+            noise=plot_noise({label: proof.sqnr_db for label, proof in proofs.items()}, labels),
+            shapes=SHAPES,
+            shape_of=shape_of,
+            suites=find_examples(runs, per_suite=per_suite) if len(runs) > 1 else [],
+            descriptions={name: suite.description for name, suite in SUITES.items()},
+            runs=list(zip(report.runs, runs, [evidence[label] for label in labels], strict=True)),
+            published=PUBLISHED_TABLES,
+        )
+    )
+
+
+def open_templates() -> Environment:
+    """Return the templates of reports; HTML escapes what is put into it, Markdown does not."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"signed": signed, "words": lambda name: name.replace("_", " ")}
+    return environment
+
+
+def signed(points: float) -> str:
+    """Format a difference with its sign, to one decimal; what rounds to 0 has none."""
+    text = f"{points:+.1f}"
+    return (text if float(text) else "0.0").replace("-", "\N{MINUS SIGN}")
+
+
+def format_size(num_bytes: int) -> str:
+    """Format a size in decimal MB or GB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 2e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _summarize(run: RunScore, baseline: RunScore) -> Summary:
+    return Summary(
+        label=run.label,
+        size=format_size(run.weights_bytes),
+        size_percent=100 * run.weights_bytes / baseline.weights_bytes,
+        change=_describe_change(run),
+        verified=run.verified,
+        sees_the_image=None if run.gate is None else run.gate.passed,
+    )
+
+
+def _describe_change(run: RunScore) -> str:
+    """Name the suite that a run does worst in, against the baseline."""
+    changes = [
+        (suite.difference.score, name)
+        for name, suite in run.suites.items()
+        if suite.difference is not None
+    ]
+    if not changes:
+        return ""
+    score, name = min(changes, key=lambda change: change[0].estimate)
+    low, middle, high = (signed(100 * v) for v in (score.low, score.estimate, score.high))
+    return f"{middle} [{low}, {high}] points in {name.replace('_', ' ')}"

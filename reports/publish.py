@@ -1,0 +1,84 @@
+"""Everything that is written about some runs: numbers, page and model cards.
+
+RUN... -> report.html   the page to look at
+          report.json   the numbers, unrounded; report.schema.json says what is in it
+          report.md     the table
+          cards/LABEL/README.md   a model card of each checkpoint that nvvl wrote
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvvl.errors import OutputError
+from nvvl.reports.card import render_card
+from nvvl.reports.collect import Report, collect
+from nvvl.reports.evidence import gather_evidence
+from nvvl.reports.page import render_page
+from nvvl.reports.render import write_report
+from nvvl.reports.run import RunResult, load_run
+
+PAGE_SUFFIX = ".html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What was written.
+
+    Attributes:
+        cards: by run label.
+    """
+
+    report: Report
+    page: Path
+    data: Path
+    table: Path
+    cards: dict[str, Path]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file, the page first."""
+        return (self.page, self.table, self.data, *self.cards.values())
+
+
+def publish(
+    runs: Sequence[RunResult | Path], out: Path, *, proofs: Sequence[Path] = ()
+) -> Publication:
+    """Compare runs with the first and write page, numbers, table and model cards.
+
+    Args:
+        runs: finished runs, or their folders.
+        out: folder, made if needed, or the page itself if it ends in ``.html``; the other files
+            are then beside it under the same name.
+        proofs: JSON files of ``nvvl verify --json``; ``verify-NAME.json`` beside a checkpoint
+            ``NAME`` is found without.
+
+    Raises:
+        DataError: as `collect` and `gather_evidence`.
+        OutputError: if something cannot be written.
+    """
+    loaded = [run if isinstance(run, RunResult) else load_run(run) for run in runs]
+    evidence = gather_evidence(loaded, proofs)
+    verified = {
+        label: known.proof.passed for label, known in evidence.items() if known.proof is not None
+    }
+    report = collect(loaded, verified=verified)
+    is_page = out.suffix == PAGE_SUFFIX
+    folder, name = (out.parent, out.stem) if is_page else (out, "report")
+    data, table = write_report(report, folder, name=name)
+    page = folder / f"{name}{PAGE_SUFFIX}"
+    _write(page, render_page(report, loaded, evidence))
+    cards = {}
+    for run in report.runs[1:]:
+        if evidence[run.label].manifest is not None:
+            cards[run.label] = folder / "cards" / run.label.replace("/", "-") / "README.md"
+            _write(cards[run.label], render_card(report, run, evidence[run.label]))
+    return Publication(report=report, page=page, data=data, table=table, cards=cards)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None

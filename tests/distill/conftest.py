@@ -1,0 +1,63 @@
+"""A tiny NVFP4 run, its teacher, and items with answers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.recipe import DistillRecipe
+from nvvl.model.load import load_model
+from nvvl.model.prompt import Message
+from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.walk import quantize_checkpoint
+
+
+def make_item(index: int) -> Item:
+    """Text of several lengths; every third item has an image."""
+    question = "the thing in " * (1 + index % 4)
+    images: tuple[Image.Image, ...] = ()
+    if index % 3 == 0:
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+        images = (Image.fromarray(pixels),)
+        question = f"<image>\n{question}"
+    messages = (Message("user", question), Message("assistant", f"answer {index * 7919}"))
+    return Item(item_id=f"item {index}", messages=messages, images=images)
+
+
+@pytest.fixture(scope="session")
+def items() -> CalibrationSet:
+    made = tuple(make_item(index) for index in range(14))
+    return CalibrationSet(items=made, spec="test", num_requested=len(made))
+
+
+@pytest.fixture(scope="session")
+def run(
+    tiny_checkpoint: Path, items: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as NVFP4; tests must not change it."""
+    out = tmp_path_factory.mktemp("run") / "nvfp4"
+    quantize_checkpoint(tiny_checkpoint, out, PRESETS["nvfp4"](), items)
+    return out
+
+
+@pytest.fixture
+def teacher(tiny_checkpoint: Path) -> NemotronNanoVL:
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> DistillRecipe:
+    return DistillRecipe(
+        name="test",
+        learning_rate=1e-3,
+        safe_learning_rate=1.0,
+        num_steps=20,
+        items_per_step=3,
+        tokens_per_batch=160,
+        num_validation_items=4,
+        validate_every=5,
+    )

@@ -1,0 +1,80 @@
+"""``nvvl distill``: the whole way from a run to two folders, and its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from nvvl.cli import app
+from nvvl.distill.recipe import DistillRecipe
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["distill", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures with answers."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for index in range(6):
+        Image.new("RGB", (32, 32), (40 * index, 0, 0)).save(folder / f"{index}.png")
+        messages = [
+            {"role": "user", "content": "<image>\nthe thing"},
+            {"role": "assistant", "content": f"answer {index}"},
+        ]
+        lines.append(json.dumps({"image": f"{index}.png", "messages": messages}))
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def recipe_file(recipe: DistillRecipe, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    return path
+
+
+def test_distill_writes_both_folders(
+    run: Path, tiny_checkpoint: Path, data: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--teacher", tiny_checkpoint, "--data", data, "--recipe", recipe_file]
+    result = invoke(run, *options, "--steps", 2, "--device", "cpu", "-o", out, "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["bf16"] == str(tmp_path / "out.bf16")
+    assert values["best_loss"] <= values["start_loss"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["distillation"]["recipe"]["num_steps"] == 2
+    assert (tmp_path / "out.bf16" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--recipe", "qad"], ("qad: required one of qad_nvfp4",)),
+        (["--lr", "-1"], ("learning_rate: required 0 to 1",)),
+        (["--data", "nowhere"], ("nowhere: no such file",)),
+    ],
+)
+def test_error_is_one_line(
+    options: list[str], parts: tuple[str, ...], run: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = invoke(run, "--teacher", tiny_checkpoint, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert all(part in result.stderr.splitlines()[-1] for part in parts)
+
+
+def test_set_with_nothing_left_to_train_on_is_refused(
+    run: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    result = invoke(
+        run, "--teacher", tiny_checkpoint, "-o", tmp_path / "out", "--data", data, "--device", "cpu"
+    )
+    assert result.exit_code == 2
+    assert "6 items and 128 are kept for validation" in result.stderr.splitlines()[-1]

@@ -1,0 +1,186 @@
+"""Whole distillations of the tiny model: recovery, proof, resume, and how they stop."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill import train
+from nvvl.distill.losses import chunked_loss
+from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.train import DistillResult, distill
+from nvvl.errors import OutputError, TrainingError
+from nvvl.export.verify import verify
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.quantize.manifest import Manifest
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a run."""
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log, without times."""
+    lines = (folder / "distill_log.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"seconds": 0} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, DistillResult]:
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    return out, distill(run, tiny_checkpoint, out, recipe, items, command=["nvvl"])
+
+
+def test_validation_loss_falls_and_the_best_is_written(
+    finished: tuple[Path, DistillResult],
+) -> None:
+    out, result = finished
+    log = read_log(out)
+    losses = {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line}
+    assert list(losses) == [0, 5, 10, 15, 20]
+    assert [line["step"] for line in log] == list(range(21))
+    assert result.start_loss == losses[0]
+    assert result.best_loss == min(losses.values()) == losses[result.best_step]
+    assert result.best_loss < 0.9 * result.start_loss
+
+
+def test_what_is_written_is_proved_against_the_trained_weights(
+    finished: tuple[Path, DistillResult],
+) -> None:
+    out, result = finished
+    report = verify(out, result.bf16, logits=False)
+    faults = [check for check in report.failed_checks if not check.rule.startswith(("C", "E"))]
+    # rules about server configs (C, E) concern keys that the tiny config does not have
+    assert faults == []
+    assert {check.rule for check in report.checks if check.passed} >= {"H1", "H2", "H3"}
+
+
+def test_only_linears_and_norms_differ_from_the_teacher(
+    finished: tuple[Path, DistillResult], tiny_checkpoint: Path
+) -> None:
+    teacher, trained = Checkpoint(tiny_checkpoint), Checkpoint(finished[1].bf16)
+    assert teacher.tensors.keys() == trained.tensors.keys()
+    changed = {n for n in teacher.tensors if teacher.sha256(n) != trained.sha256(n)}
+    assert "language_model.backbone.layers.0.mixer.in_proj.weight" in changed
+    assert all(
+        name.startswith("language_model.backbone.layers.") or name.endswith("norm_f.weight")
+        for name in changed
+    )
+    assert not any(name.endswith(("A_log", "D", "dt_bias", "conv1d.weight")) for name in changed)
+
+
+def test_manifest_says_where_the_weights_come_from(
+    finished: tuple[Path, DistillResult], recipe: DistillRecipe
+) -> None:
+    record = Manifest.read(finished[0]).distillation
+    assert record["recipe"] == recipe.to_dict()
+    assert record["data"] == {"set": "test", "num_items": 14, "seed": 0}
+    assert len(record["teacher"]) == len(record["run"]) == 64
+    assert record["step"] == finished[1].best_step
+
+
+def test_killed_run_goes_on_to_the_same_bits(
+    finished: tuple[Path, DistillResult],
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+) -> None:
+    def kill(_stage: str, done: int, _total: int) -> None:
+        if done == 12:  # two steps after the state that is gone on from
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        distill(run, tiny_checkpoint, out, recipe, items, progress=kill, command=["nvvl"])
+    assert not out.exists()
+    steps: list[int] = []
+    distill(
+        run,
+        tiny_checkpoint,
+        out,
+        recipe,
+        items,
+        progress=lambda _stage, done, _total: steps.append(done),
+        command=["nvvl"],
+    )
+    assert steps == list(range(11, 21))
+    for name in ("model.safetensors", "calibration.safetensors"):
+        assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
+    assert read_log(out) == read_log(finished[0])
+    assert not out.with_name("out.train").exists()
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = dataclasses.replace(recipe, validate_every=2)
+    calls = 0
+
+    def spoiled(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal calls
+        loss = chunked_loss(*args, **kwargs)  # type: ignore[arg-type]
+        calls += loss.requires_grad
+        return loss * float("nan") if calls > 6 else loss
+
+    monkeypatch.setattr(train, "chunked_loss", spoiled)
+    with pytest.raises(TrainingError, match=r"^step [345]: loss nan.*items item \d+, item \d+"):
+        distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    state = json.loads((tmp_path / "out.train" / "state.json").read_text())
+    assert state["standing"]["step"] in (2, 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_diverging_run_stops(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+) -> None:
+    recipe = dataclasses.replace(recipe, learning_rate=0.9, num_steps=5)
+    with pytest.raises(TrainingError, match=r"step 5: .*(over 10 times|not finite|loss)"):
+        distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    state = json.loads((tmp_path / "out.train" / "state.json").read_text())
+    assert state["standing"]["step"] == 0
+
+
+def test_rate_above_the_safe_one_warns_with_the_reason(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    finished: tuple[Path, DistillResult],
+) -> None:
+    recipe = dataclasses.replace(recipe, safe_learning_rate=1e-5)
+    with (
+        pytest.warns(UserWarning, match=r"learning_rate 0\.001 is above 1e-05: .*2601\.20088"),
+        pytest.raises(OutputError, match="exists already"),
+    ):
+        distill(run, tiny_checkpoint, finished[0], recipe, items)
+
+
+def test_weights_are_rounded_once_a_step(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe
+) -> None:
+    trainer = train._Trainer(run, tiny_checkpoint, recipe, items, 0, torch.device("cpu"))
+    before = trainer.student.num_refreshes
+    assert len(trainer.data.training_batches(0)) > 1
+    trainer.step(0)
+    assert trainer.student.num_refreshes == before + 1

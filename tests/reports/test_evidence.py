@@ -1,0 +1,73 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nvvl.errors import DataError
+from nvvl.reports.evidence import gather_evidence, read_proof
+
+CHECK = {"rule": "H1", "name": "hashes", "status": "passed", "detail": "ok", "passed": True}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """A run of a checkpoint that nvvl did not write."""
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return SimpleNamespace(label="FP8", model=folder)
+
+
+def write_proof(path: Path, folder: Path, **changes: object) -> Path:
+    values: dict[str, object] = {
+        "folder": str(folder),
+        "passed": True,
+        "counts": {"passed": 1, "failed": 0, "not checked": 0},
+        "checks": [CHECK],
+        "sqnr_db": {"a.0.b": 31.5, "a.1.b": None},
+    }
+    path.write_text(json.dumps(values | changes))
+    return path
+
+
+def test_proof_beside_a_checkpoint_is_found(run: Any, tmp_path: Path) -> None:
+    assert gather_evidence([run])["FP8"].proof is None
+    write_proof(tmp_path / "verify-fp8.json", run.model)
+    known = gather_evidence([run])["FP8"]
+    assert known.proof is not None
+    assert known.proof.passed
+    assert known.proof.sqnr_db == {"a.0.b": 31.5}
+    assert [(check.rule, check.status) for check in known.proof.checks] == [("H1", "passed")]
+    assert (known.manifest, known.recipe, known.source_sha256) == (None, None, None)
+
+
+def test_given_proof_wins_over_the_one_found(run: Any, tmp_path: Path) -> None:
+    write_proof(tmp_path / "verify-fp8.json", run.model)
+    given = write_proof(tmp_path / "given.json", run.model, passed=False)
+    known = gather_evidence([run], [given])["FP8"]
+    assert known.proof is not None
+    assert not known.proof.passed
+
+
+def test_proof_older_than_its_checkpoint_is_refused(run: Any, tmp_path: Path) -> None:
+    proof = write_proof(tmp_path / "verify-fp8.json", run.model)
+    written = (run.model / "config.json").stat().st_mtime
+    os.utime(proof, (written - 1, written - 1))
+    with pytest.raises(DataError, match=r"older than the checkpoint .* run nvvl verify again"):
+        gather_evidence([run])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 1, "passed": true}'])
+def test_file_that_is_no_proof_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "proof.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"proof\.json: required the output of nvvl verify"):
+        read_proof(path)
+
+
+def test_missing_proof_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json: cannot be read"):
+        read_proof(tmp_path / "nowhere.json")

@@ -124,7 +124,7 @@ def scheme_format(scheme: str, fqn: str) -> Format:
 
 def write_quantized(source: Path, folder: Path, scheme: str) -> Path:
     """Quantize a folder with ModelOpt's packer and input amax values taken out of the air."""
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.index.json"))
     config = VLMConfig.from_folder(source)
     tensors = load_file(source / "model.safetensors")
     manifest: dict[str, Any] = {"source": {"tensors": hash_all(tensors)}}

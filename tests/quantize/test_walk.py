@@ -179,6 +179,7 @@ def test_side_files_are_the_source_s(quantize_tiny: QuantizeTiny, tiny_checkpoin
     assert {p.name for p in out.iterdir()} == copied | written | {
         "manifest.json",
         "model.safetensors",
+        "model.safetensors.index.json",
     }
     config = json.loads((out / "config.json").read_text())
     hf_config = json.loads((out / "hf_quant_config.json").read_text())

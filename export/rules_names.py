@@ -1,4 +1,4 @@
-"""Rules N1 to N7: tensor names and the shard index.
+"""Rules N1 to N8: tensor names and the shard index.
 
 vLLM drops a tensor of unknown name without a word and never asks for a missing one, so most of
 these rules guard against a server that starts, reads the prompt, and sees nothing.
@@ -115,6 +115,17 @@ def n7_index(view: CheckpointView) -> Sequence[str]:
     return faults
 
 
+@rule("N8", "only weights are read as weights", servers="V")
+def n8_other_files(view: CheckpointView) -> Sequence[str]:
+    """N8: without an index vLLM loads every *.safetensors file, the calibration record too."""
+    if view.folder is None:
+        raise NotCheckedError("needs the files")
+    if view.index is not None:
+        return []
+    others = sorted({path.name for path in view.folder.glob("*.safetensors")} - view.shards.keys())
+    return [f"{name}: vLLM would read it as weights; write an index" for name in others]
+
+
 NAME_RULES: tuple[Rule[CheckpointView], ...] = (
     n1_roots,
     n2_language_names,
@@ -123,6 +134,7 @@ NAME_RULES: tuple[Rule[CheckpointView], ...] = (
     n5_source_names,
     n6_clean_names,
     n7_index,
+    n8_other_files,
 )
 
 

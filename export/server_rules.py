@@ -8,7 +8,7 @@ started here. Each rule is a function of its own:
     C1 to C7, C13  config.json and the files beside it              rules_config.py
     A2             the rest of config.json is the source's          rules_config.py
     C8 to C12      the two quantization configs                     rules_quant_config.py
-    N1 to N7       tensor names and the shard index                 rules_names.py
+    N1 to N8       tensor names and the shard index                 rules_names.py
     D1 to D8       dtypes, shapes, scales                           rules_scales.py
     Q1 to Q4       layers that servers fuse                         rules_scales.py
     E1 to E5       exclude patterns as each server matches them     rules_excludes.py

@@ -143,6 +143,11 @@ def write_quantized(source: Path, folder: Path, scheme: str) -> Path:
         for leaf, tensor in pack(weight, formats[fqn], amax, input_amax).items():
             tensors[f"{fqn}.{leaf}"] = tensor
     save_file(tensors, folder / "model.safetensors")
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": dict.fromkeys(sorted(tensors), "model.safetensors"),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(calibration, folder / "calibration.safetensors")
     hf_config = hf_quant_config(config, formats)
     (folder / "recipe.json").write_text(json.dumps({"recipe": {}, "formats": formats}))
@@ -163,7 +168,7 @@ def write_quantized(source: Path, folder: Path, scheme: str) -> Path:
     manifest["files"] = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
-        if path.name != "model.safetensors"
+        if not path.name.startswith("model.safetensors")
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

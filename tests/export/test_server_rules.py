@@ -427,7 +427,7 @@ def test_naming_part_of_qkv_is_named(make_view: ViewFactory) -> None:
 def test_what_cannot_be_known_reads_not_checked(make_view: ViewFactory) -> None:
     view = replace(make_view(), source=None, scalar_reader=None, shards={})
     skipped = {check.rule for check in check_server_rules(view) if check.passed is None}
-    assert skipped == {"A2", "C7", "C13", "N5", "N7", "D7", "Q1", "Q2"}
+    assert skipped == {"A2", "C7", "C13", "N5", "N7", "N8", "D7", "Q1", "Q2"}
 
 
 def test_weight_only_does_not_apply_to_trtllm(make_view: ViewFactory) -> None:

@@ -210,6 +210,12 @@ def test_nan_is_named_wherever_it_is(copy_of: Folders, source: Path) -> None:
     assert prove(out, None).passed is False
 
 
+def test_calibration_record_without_an_index_is_named(copy_of: Folders, source: Path) -> None:
+    out = copy_of("fp8")
+    (out / "model.safetensors.index.json").unlink()
+    assert "calibration.safetensors: vLLM would read it" in named(prove(out, source), "N8")
+
+
 def double(tensors: dict[str, Tensor], *, name: str) -> None:
     tensors[name].mul_(2)
 

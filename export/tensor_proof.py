@@ -49,7 +49,7 @@ def prove_tensors(view: CheckpointView, *, progress: Progress | None = None) -> 
 
     Args:
         view: the checkpoint on disk, with its source if that is known.
-        progress: called before each unit is read.
+        progress: called after each unit, the last time with all of them done.
     """
     assert view.folder is not None  # a planned view has no bytes
     calibration, unreadable = _open_calibration(view.folder)
@@ -58,9 +58,7 @@ def prove_tensors(view: CheckpointView, *, progress: Progress | None = None) -> 
     written = TensorFiles(view)
     source = None if view.source is None else TensorFiles(view.source)
     units = _list_units(view)
-    for done, unit in enumerate(units):
-        if progress is not None:
-            progress(unit.module, done, len(units))
+    for done, unit in enumerate(units, start=1):
         parts = {leaf: written.read(f"{unit.module}.{leaf}") for leaf in unit.leaves}
         name = f"{unit.module}.{unit.leaves[0]}"
         original = None if source is None or not source.has(name) else source.read(name)
@@ -72,6 +70,8 @@ def prove_tensors(view: CheckpointView, *, progress: Progress | None = None) -> 
             values.see_linear(unit.module, parts, original)
         else:
             values.see_copied(name, parts[unit.leaves[0]], original)
+        if progress is not None:
+            progress(unit.module, done, len(units))
     hash_checks = no_hashes if hashes is None else hashes.checks(view)
     return TensorProof([*unreadable, *values.checks(), *hash_checks], values.sqnr_db)
 

@@ -390,7 +390,7 @@ def test_verifying_writes_nothing_and_the_report_is_whole(
     seen: list[tuple[str, int, int]] = []
     report = verify(out, source, logits=False, progress=lambda *args: seen.append(args))
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    assert [done for _, done, _ in seen] == list(range(seen[-1][2]))
+    assert [done for _, done, _ in seen] == list(range(1, seen[-1][2] + 1))
     path = tmp_path / "verification.json"
     report.write_report(path)
     values = json.loads(path.read_text())

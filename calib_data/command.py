@@ -1,0 +1,54 @@
+"""The verbs ``nvvl calib ...``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated
+
+import typer
+
+from nvvl.errors import OutputError
+from nvvl.options import CalibArgument, JsonOption, SeedOption
+
+
+def show(
+    spec: CalibArgument = "default",
+    *,
+    samples: Annotated[int, typer.Option(min=1, help="Items to look at.")] = 8,
+    save: Annotated[
+        Path | None, typer.Option(help="New folder to save images and video frames in, as PNG.")
+    ] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show items of a calibration set: id, hash, pictures, and what is asked and answered."""
+    from nvvl.calib_data.items import item_hash
+    from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.console import print_json
+
+    if save is not None:
+        _make_new_folder(save)
+    rows = []
+    for item in load_calibration_set(spec, num_items=samples, seed=seed).items:
+        pictures = [*item.images, *(frame for video in item.videos for frame in video.frames)]
+        row = {"id": item.item_id, "sha256": item_hash(item), "domain": item.domain}
+        turns = [asdict(message) for message in item.messages]
+        rows.append({**row, "pictures": [list(p.size) for p in pictures], "messages": turns})
+        if save is not None:
+            name = item.item_id.replace("/", "-")
+            for number, picture in enumerate(pictures):
+                picture.save(save / f"{name}-{number}.png")
+        if not as_json:
+            print(*row.values(), *(f"{p.width}x{p.height}" for p in pictures))
+            for message in item.messages:
+                print(f"  {message.role}: {shorten(message.content, 90)}")
+    if as_json:
+        print_json(rows)
+
+
+def _make_new_folder(path: Path) -> None:
+    """Make a folder that was not there, so that nothing in it can be overwritten."""
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{path}: required a new folder ({error.strerror})") from None

@@ -1,0 +1,130 @@
+"""The verbs ``nvvl plan``, ``nvvl verify`` and ``nvvl chat``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nvvl.options import (
+    EXIT_CHECK_FAILED,
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    Preset,
+    RecipeOption,
+    choose_device,
+)
+from nvvl.quantize.command import choose_recipe
+
+
+def plan(
+    model: ModelArgument,
+    *,
+    preset: Annotated[
+        Preset, typer.Option("--format", help="fp8, nvfp4, nvfp4-w4a16 or mixed.")
+    ] = "nvfp4",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
+    ] = None,
+    recipe: RecipeOption = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where the run would compute.")
+    ] = "cpu",
+    memory: MemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run would do: bytes, memory, time, server rules; reads headers only."""
+    from nvvl.console import print_json, print_table
+    from nvvl.export.planned import planned_view, summarize_rules
+    from nvvl.export.server_rules import check_server_rules
+    from nvvl.model.resolve import resolve_model
+    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.plan import make_plan
+    from nvvl.quantize.plan_text import plan_lines, plan_table
+
+    chosen = choose_recipe(preset, recipe, samples)
+    planned = make_plan(resolve_model(model), chosen, device=device)
+    if memory is not None:
+        require_memory(planned.estimate, parse_memory(memory))
+    view = planned_view(
+        planned.shards,
+        config=planned.json_files["config.json"],
+        hf_quant_config=planned.json_files["hf_quant_config.json"],
+        source_config=planned.source.config.raw,
+        source_tensors=planned.source.tensors,
+    )
+    checks = check_server_rules(view)
+    if as_json:
+        rules = [check.to_dict() for check in checks]
+        print_json({"model": model, **planned.to_dict(), "server_rules": rules})
+        return
+    print_table(plan_table(planned))
+    print("\n".join(plan_lines(planned)))
+    for server in ("vLLM", "TensorRT-LLM"):
+        print(summarize_rules(server, checks))
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that nvvl quantize wrote.")],
+    *,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The BF16 source, to compare values with.")
+    ] = None,
+    no_logits: Annotated[
+        bool, typer.Option("--no-logits", help="Leave out the comparison of logits.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a written checkpoint; exit 1 and name the fault if it is not what it claims to be."""
+    from nvvl.console import print_json, show_progress
+    from nvvl.export.verify import verify as verify_checkpoint
+    from nvvl.model.load import resolve_model
+
+    source = None if against is None else resolve_model(against)
+    with show_progress() as progress:
+        report = verify_checkpoint(out, source, logits=not no_logits, progress=progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print("\n".join(report.summary_lines()))
+    if not report.passed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def chat(
+    model: ModelArgument,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    *,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image to ask about; may be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a BF16 or quantized model one question; greedy, in torch."""
+    from nvvl.console import print_json
+    from nvvl.model.generate import generate
+    from nvvl.model.load import resolve_model
+    from nvvl.model.processor import Message, Processor, collate
+    from nvvl.model.tiling import open_image
+    from nvvl.quantize.load import load_any
+
+    folder = resolve_model(model)
+    processor = Processor.from_folder(folder)
+    images = [open_image(path) for path in image or []]
+    prompt = Message("user", "<image>\n" * len(images) + question)
+    inputs = processor([prompt], images=images, add_generation_prompt=True)
+    language = processor.config.language
+    (ids,) = generate(
+        load_any(folder, device=choose_device(device)),
+        collate([inputs], language.pad_token_id),
+        eos_token_id=language.eos_token_id,
+        max_new_tokens=max_new_tokens,
+    )
+    answer = processor.decode(ids)
+    if as_json:
+        print_json({"model": str(folder), "question": question, "answer": answer})
+    else:
+        print(answer)

@@ -1,0 +1,43 @@
+"""Arguments and options that several verbs of the command line have in common."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nvvl.errors import HardwareError
+
+Preset = Literal["fp8", "nvfp4", "nvfp4-w4a16", "mixed"]
+Device = Literal["auto", "cpu", "cuda"]
+
+EXIT_CHECK_FAILED = 1
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or the word: embedded.")
+]
+CalibArgument = Annotated[
+    str,
+    typer.Argument(metavar="SET", help="The word: default, a folder of images, or a JSONL file."),
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Refuse before work starts if it takes more, e.g. 6GB."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+
+
+def choose_device(device: Device) -> str:
+    """Return the torch device that an option means."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return device

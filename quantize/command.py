@@ -1,0 +1,116 @@
+"""The verb ``nvvl quantize``, also ``nvvl-quantize``."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nvvl.errors import DataError, RecipeError
+from nvvl.options import (
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    OverwriteOption,
+    Preset,
+    RecipeOption,
+    SeedOption,
+    choose_device,
+)
+
+if TYPE_CHECKING:
+    from nvvl.quantize.recipe import Recipe
+
+
+def quantize(
+    preset: Annotated[
+        Preset, typer.Argument(metavar="FORMAT", help="fp8, nvfp4, nvfp4-w4a16 or mixed.")
+    ],
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    *,
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="SET", help="Calibration set: default, a folder of images, or a JSONL file."
+        ),
+    ] = "default",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
+    ] = None,
+    recipe: RecipeOption = None,
+    from_calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Output of a finished run over MODEL: pack from its scales, calibrate nothing.",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in the layout that servers load.
+
+    A run that was killed or interrupted goes on where it stopped, when the same command is given
+    again.
+    """
+    from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.console import defer_interrupt, print_json, show_progress
+    from nvvl.model.load import resolve_model
+    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.plan import make_plan
+    from nvvl.quantize.recipe import CALIBRATED_FORMATS
+    from nvvl.quantize.walk import quantize_checkpoint
+
+    chosen = choose_recipe(preset, recipe, samples)
+    source = resolve_model(model)
+    if memory is not None:
+        planned = make_plan(source, chosen, calibrate=from_calibration is None)
+        require_memory(planned.estimate, parse_memory(memory))
+    items = None
+    if from_calibration is not None and (calib != "default" or samples is not None):
+        raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
+    needs_items = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
+    if needs_items and from_calibration is None:
+        num_items = chosen.num_calibration_items
+        items = load_calibration_set(calib, num_items=num_items, seed=seed)
+    with show_progress() as progress, defer_interrupt() as stop:
+        manifest = quantize_checkpoint(
+            source,
+            out,
+            chosen,
+            items,
+            device=choose_device(device),
+            overwrite=overwrite,
+            progress=progress,
+            stop=stop,
+            command=["nvvl", *sys.argv[1:]],
+            from_calibration=from_calibration,
+        )
+    if as_json:
+        print_json({"out": str(out), **manifest.to_dict()})
+    else:
+        print(f"{out}: {manifest.format}, {len(manifest.tensors)} tensors")
+        print(f"prove it: nvvl verify {out} --against {model}")
+
+
+def choose_recipe(preset: Preset, file: Path | None, num_items: int | None) -> "Recipe":
+    """Return the recipe of a format, or the one in a file if it quantizes to that format."""
+    from nvvl.quantize.presets import load_recipe
+    from nvvl.quantize.recipe import Recipe
+
+    recipe = load_recipe(preset)
+    if file is not None:
+        recipe = Recipe.from_toml(file)
+        formats = {rule.format for rule in recipe.rules} - {"bf16"}
+        if preset != "mixed" and formats != {preset}:
+            raise RecipeError(
+                f"{file}: required a recipe of {preset} alone, got {', '.join(sorted(formats))}; "
+                "give FORMAT as mixed"
+            )
+    return recipe if num_items is None else replace(recipe, num_calibration_items=num_items)

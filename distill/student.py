@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.distill.recipe import Trainable
+from nvvl.model.products import linear
 from nvvl.model.vlm import LanguageModel, NemotronNanoVL
 from nvvl.quantize import fp8, kernels, nvfp4
 from nvvl.quantize.pack import Amax, input_scale, share_qkv
@@ -50,7 +50,7 @@ class FakeQuantLinear(nn.Module):
         """Transform ``x`` (..., K) to (..., N)."""
         if self.scale is not None:
             x = _FakeQuantize.apply(x, self.scale, self.linear_format)  # type: ignore[no-untyped-call]
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Student:

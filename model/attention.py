@@ -7,10 +7,10 @@ Shapes: B batch, T new tokens, S all tokens so far, H query heads, V key-value h
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.products import Linear, attention
 
 AttentionState = tuple[Tensor, Tensor]
 
@@ -24,10 +24,10 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -53,11 +53,11 @@ class Attention(nn.Module):
             key = torch.cat([state[0], key], dim=2)  # (B, V, S, D)
             value = torch.cat([state[1], value], dim=2)
         mask = causal_mask(query.shape[2], key.shape[2], padding_mask, device=x.device)
-        y = F.scaled_dot_product_attention(
+        y = attention(
             query,
             key,
             value,
-            attn_mask=mask,
+            mask=mask,
             is_causal=mask is None and query.shape[2] > 1,
             enable_gqa=True,
         )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.products import Linear, product_dtype
 
 MambaState = tuple[Tensor, Tensor]
 
@@ -54,7 +55,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         self.config = config
         inner, heads = config.mamba_inner_size, config.mamba_num_heads
-        self.in_proj = nn.Linear(config.hidden_size, inner + config.conv_dim + heads, bias=False)
+        self.in_proj = Linear(config.hidden_size, inner + config.conv_dim + heads, bias=False)
         self.conv1d = nn.Conv1d(
             config.conv_dim,
             config.conv_dim,
@@ -66,7 +67,7 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(inner, num_groups=config.n_groups, eps=config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -151,9 +152,12 @@ def causal_conv(
         products = (window[:, k : k + length] * tap for k, tap in enumerate(taps))
         out = sum(products, start).to(x.dtype)
     else:  # two-dimensional, because only that takes channels last without a transposed copy
-        image = window.transpose(1, 2).unsqueeze(2)  # (B, channels, 1, K-1+T)
-        kernel = weight.to(x.dtype).unsqueeze(2)
-        out = F.conv2d(image, kernel, bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+        wide = product_dtype(x)
+        image = window.to(wide).transpose(1, 2).unsqueeze(2)  # (B, channels, 1, K-1+T)
+        kernel = weight.to(wide).unsqueeze(2)
+        bias = None if bias is None else bias.to(wide)
+        out = F.conv2d(image, kernel, bias, groups=weight.shape[0]).squeeze(2)
+        out = out.transpose(1, 2).to(x.dtype)
     # a copy, because a view would keep the whole window alive
     return out, window[:, length:].transpose(1, 2).contiguous()
 
@@ -236,9 +240,10 @@ def scan_chunks(
     """Do what `ssm_scan` does, with the chunks as one more batch dimension.
 
     Only the state goes from chunk to chunk in turn. The operands of matrix products that give y
-    have the dtype of ``x``; decays, sums over several products and states are float32.
+    have the product dtype of ``x``; decays, sums over several products and states are float32.
     """
-    length, groups, dtype = x.shape[1], b.shape[2], x.dtype
+    length, groups, dtype = x.shape[1], b.shape[2], product_dtype(x)
+    x, b, c = x.to(dtype), b.to(dtype), c.to(dtype)
     chunk = min(chunk_size, length)
     x, dt, b, c = (_into_chunks(part, chunk) for part in (x, dt, b, c))  # (B, C, Q, ...)
     x = x.unflatten(3, (groups, -1))  # (B, C, Q, G, J, P)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import VisionConfig, VLMConfig
+from nvvl.model.products import Linear, attention
 
 
 class Token(nn.Module):
@@ -33,7 +34,7 @@ class PatchGenerator(nn.Module):
         self.patch_size = config.patch_size
         self.cls_token = Token(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_positions, config.hidden_size))
-        self.embedder = nn.Linear(3 * config.patch_size**2, config.hidden_size, bias=False)
+        self.embedder = Linear(3 * config.patch_size**2, config.hidden_size, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed tiles (n, 3, S, S) as token sequences (n, L, C)."""
@@ -61,14 +62,14 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each tile: (n, L, C) -> (n, L, C)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (n, L, 3, heads, head dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(query, key, value)
+        y = attention(query, key, value)
         return self.proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -77,8 +78,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token: (n, L, C) -> (n, L, C)."""
@@ -179,9 +180,9 @@ def make_projector(config: VLMConfig) -> nn.Sequential:
     width = config.projector_input_size
     return nn.Sequential(
         RMSNorm(width, eps=1e-5),
-        nn.Linear(width, config.projector_hidden_size, bias=False),
+        Linear(width, config.projector_hidden_size, bias=False),
         SquaredReLU(),
-        nn.Linear(config.projector_hidden_size, config.language.hidden_size, bias=False),
+        Linear(config.projector_hidden_size, config.language.hidden_size, bias=False),
     )
 
 

@@ -6,7 +6,7 @@
     language_model.lm_head           hidden states -> logits
 
 Image tokens are rows of the embedding sequence whose id is ``image_token_id``, overwritten by
-projector outputs in order. Every quantizable linear is a plain ``nn.Linear`` that is called as a
+projector outputs in order. Every quantizable linear is an ``nn.Linear`` that is called as a
 module, so that a quantizer placed on it sees each use.
 
 Shapes: B batch, T tokens, n tiles, S tile side in pixels.
@@ -21,6 +21,7 @@ from nvvl.errors import DataError
 from nvvl.model.attention import Attention
 from nvvl.model.config import LanguageConfig, LayerKind, VLMConfig
 from nvvl.model.mamba2 import Mamba2Mixer
+from nvvl.model.products import Linear
 from nvvl.model.vision import (
     RMSNorm,
     SquaredReLU,
@@ -67,9 +68,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.act = SquaredReLU()
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, *, state: None = None, padding_mask: Tensor | None = None
@@ -129,7 +130,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden_states(
         self,

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from nvvl.errors import CalibrationError
+from nvvl.model.products import Linear
 from nvvl.quantize import fp8, kernels, nvfp4
 from nvvl.quantize.formats import BLOCK_SIZE
 
@@ -35,6 +36,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
     from modelopt.torch.quantization.calib import MaxCalibrator
     from modelopt.torch.quantization.nn import (
+        QuantLinearConvBase,
+        QuantModuleRegistry,
         TensorQuantizer,
         is_registered_quant_backend,
         register_quant_backend,
@@ -47,10 +50,16 @@ FakeQuantize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def register() -> None:
-    """Register ``nvvl_nvfp4`` and ``nvvl_fp8`` with ModelOpt; calling it again changes nothing."""
+    """Make both backends and the model's linears known to ModelOpt; may be called again."""
     for name, entrypoint in ((NVFP4_BACKEND, _nvfp4), (FP8_BACKEND, _fp8)):
         if not is_registered_quant_backend(name):
             register_quant_backend(name, entrypoint)
+    if Linear not in QuantModuleRegistry:
+        QuantModuleRegistry.register({Linear: "nvvl.Linear"})(_QuantLinear)
+
+
+class _QuantLinear(QuantLinearConvBase):  # type: ignore[misc]
+    """`nvvl.model.products.Linear` with quantizers on input and weight."""
 
 
 class FastMaxCalibrator(MaxCalibrator):  # type: ignore[misc]

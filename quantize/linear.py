@@ -7,9 +7,9 @@ rounding of the format, not the speed.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvvl.model.products import linear
 from nvvl.model.safetensors_io import torch_dtypes
 from nvvl.quantize import fp8, nvfp4
 from nvvl.quantize.layout import linear_tensors
@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
             x = fp8.fake_quantize(x, self.input_scale)
         elif self.linear_format == "nvfp4":
             x = nvfp4.fake_quantize(x, self.input_scale)
-        return F.linear(x, self.dense_weight)
+        return linear(x, self.dense_weight)
 
     def extra_repr(self) -> str:
         """Say shape and format."""

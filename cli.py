@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from nvvl.calib_data.command import show
 from nvvl.distill.command import distill
 from nvvl.errors import NvvlError
-from nvvl.export.command import chat, plan, verify
+from nvvl.export.command import chat, onnx, plan, verify
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize
 from nvvl.reports.command import demo, evaluate, report
@@ -52,11 +52,16 @@ app = typer.Typer(
 )
 calib_app = typer.Typer(help="Look at calibration sets.", no_args_is_help=True)
 app.add_typer(calib_app, name="calib")
+export_app = typer.Typer(
+    help="Turn a checkpoint into what other software runs.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
 
 app.command(epilog="Example: nvvl plan embedded --format nvfp4")(plan)
 app.command(epilog="Example: nvvl quantize nvfp4 embedded OUT --calib my-images/")(quantize)
 app.command(epilog="Example: nvvl distill RUN --teacher embedded -o OUT")(distill)
 app.command(epilog="Example: nvvl verify OUT --against embedded")(verify)
+export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
 calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")(show)

@@ -1,5 +1,7 @@
-"""The verbs ``nvvl plan``, ``nvvl verify`` and ``nvvl chat``."""
+"""The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export`` and ``nvvl chat``."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,7 @@ from nvvl.options import (
     JsonOption,
     MemoryOption,
     ModelArgument,
+    OverwriteOption,
     Preset,
     RecipeOption,
     choose_device,
@@ -128,3 +131,48 @@ def chat(
         print_json({"model": str(folder), "question": question, "answer": answer})
     else:
         print(answer)
+
+
+def onnx(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="Checkpoint: a folder that nvvl quantize wrote, or a BF16 MODEL."
+        ),
+    ],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.")],
+    *,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe of the graphs: dtype, kv_cache, ...")
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "f32"] | None, typer.Option(help="Of activations; else the recipe's.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint as three ONNX graphs: vision, prefill and decode."""
+    from nvvl.console import print_json, show_progress
+    from nvvl.export.onnx_extra import require_onnx
+    from nvvl.model.resolve import resolve_model
+
+    require_onnx()
+    from nvvl.export.onnx_export import export_onnx
+    from nvvl.export.onnx_recipe import GraphRecipe
+
+    chosen = GraphRecipe() if recipe is None else GraphRecipe.from_toml(recipe)
+    chosen = chosen if dtype is None else replace(chosen, dtype=dtype)
+    with show_progress() as progress:
+        result = export_onnx(
+            resolve_model(run),
+            dest,
+            chosen,
+            overwrite=overwrite,
+            progress=progress,
+            command=["nvvl", *sys.argv[1:]],
+        )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    for name, size in result.files.items():
+        print(f"{name:24} {size:>14,}")

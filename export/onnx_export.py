@@ -1,0 +1,201 @@
+"""``nvvl export onnx``: a checkpoint, BF16 or quantized, as three graphs without plugins.
+
+    vision.onnx    vision.data      tiles -> image embeddings
+    prefill.onnx   language.data    any number of tokens and the states before -> logits, states
+    decode.onnx    (the same file)  one token and the states before -> logits, states
+    embedding.safetensors           token id -> embedding, where the graphs do not look it up
+    io.json                         names, shapes, dtypes and states of the graphs
+    recipe.json                     what they look like, resolved
+    manifest.json                   hashes of every file, and of every tensor they were made from
+    config.json, tokenizer, ...     as in the checkpoint
+
+The checkpoint is read once, a tensor at a time, and every tensor must have the hash that its
+manifest records. The folder appears when it is complete. Nothing here runs a graph; what proves
+that they compute what the checkpoint does is `nvvl.export.onnx_parity`.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import nvvl
+from nvvl.errors import CheckpointError, OutputError
+from nvvl.export.onnx_data import DataFile
+from nvvl.export.onnx_graph import Graph
+from nvvl.export.onnx_io import IO_NAME, describe_graphs
+from nvvl.export.onnx_language import EMBEDDINGS, Progress, build_language_graph
+from nvvl.export.onnx_recipe import GraphRecipe
+from nvvl.export.onnx_vision import build_vision_graph
+from nvvl.export.onnx_weights import CheckpointWeights, read_hashes
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.quantize.manifest import write_json
+from nvvl.quantize.side_files import copied_files
+from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
+
+EMBEDDING_NAME = "embedding.safetensors"
+RECIPE_NAME = "recipe.json"
+
+# Buffers that no graph computes with: the processor normalizes pixels, servers read the summary.
+_NOT_COMPUTED = (
+    "vision_model.radio_model.input_conditioner.",
+    "vision_model.radio_model.summary_idxs",
+)
+
+# Graphs, tokenizer and JSON files beside the weights.
+_SMALL_FILES_BYTES = 64 << 20
+
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        files: Bytes of each file, by name.
+        formats: How many linears have each format.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    formats: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {
+            "folder": str(self.folder),
+            "files": dict(self.files),
+            "formats": dict(self.formats),
+        }
+
+
+def export_onnx(
+    run: Path,
+    dest: Path,
+    recipe: GraphRecipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> ExportResult:
+    """Write the graphs of a checkpoint.
+
+    Args:
+        run: a BF16 checkpoint, or one that ``nvvl quantize`` wrote.
+        dest: the folder to write.
+        recipe: what the graphs look like.
+        overwrite: whether an earlier export at ``dest`` may be replaced.
+        progress: called after each block and layer.
+        command: the command line, for the manifest.
+
+    Raises:
+        CheckpointError: if the checkpoint is not what its manifest says.
+        OutputError: if ``dest`` exists, or the disk is too small.
+    """
+    checkpoint = Checkpoint(run)
+    weights = CheckpointWeights(checkpoint, recipe.dtype)
+    if weights.formats:
+        _require_unchanged_files(run)
+    with staged_folder(dest, source=run, overwrite=overwrite) as folder:
+        _require_space(folder, checkpoint, recipe)
+        graphs = _write_graphs(folder, weights, recipe, progress)
+        if recipe.token_embedding == "sidecar":
+            name = f"{EMBEDDINGS}.weight"
+            write_safetensors(folder / EMBEDDING_NAME, {name: weights.stored(name)})
+        _read_the_rest(weights)
+        for path in [run / "config.json", *copied_files(run)]:
+            shutil.copyfile(path, folder / path.name)
+        write_json(folder / IO_NAME, describe_graphs(graphs, checkpoint.config, recipe))
+        write_json(folder / RECIPE_NAME, {"graphs": recipe.to_dict(), "formats": weights.formats})
+        write_json(folder / MANIFEST_NAME, _make_manifest(folder, weights, command))
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    counts: dict[str, int] = {}
+    for linear_format in weights.formats.values():
+        counts[linear_format] = counts.get(linear_format, 0) + 1
+    return ExportResult(dest, files, counts)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file of any size in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_HASH_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_graphs(
+    folder: Path, weights: CheckpointWeights, recipe: GraphRecipe, progress: Progress | None
+) -> list[Graph]:
+    with DataFile(folder / "vision.data") as data:
+        graphs = [build_vision_graph(weights, recipe, data, progress=progress)]
+    with DataFile(folder / "language.data") as data:
+        for is_decode in (False, True):
+            graphs.append(
+                build_language_graph(weights, recipe, data, is_decode=is_decode, progress=progress)
+            )
+    for graph in graphs:
+        path = folder / f"{graph.name}.onnx"
+        onnx.save(graph.to_model(), path)
+        onnx.checker.check_model(path)
+    return graphs
+
+
+def _read_the_rest(weights: CheckpointWeights) -> None:
+    """Hash what no graph computes with, after seeing that all else was used."""
+    unread = sorted(weights.checkpoint.tensors.keys() - weights.sha256.keys())
+    for name in unread:
+        assert name.startswith(_NOT_COMPUTED), f"{name} is in no graph"
+        weights.stored(name)
+
+
+def _require_unchanged_files(run: Path) -> None:
+    changed = [
+        name
+        for name, sha256 in sorted(read_hashes(run).files.items())
+        if not (run / name).is_file() or hash_file(run / name) != sha256
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{run}: {', '.join(changed)}: changed since the checkpoint was written; quantize it "
+            f"again, and see: nvvl verify {run}"
+        )
+
+
+def _require_space(folder: Path, checkpoint: Checkpoint, recipe: GraphRecipe) -> None:
+    """Refuse a disk that is too small, counting float32 for 16-bit tensors of f32 graphs."""
+    required = _SMALL_FILES_BYTES
+    for info in checkpoint.tensors.values():
+        wide = recipe.dtype == "f32" and info.dtype in ("BF16", "F16")
+        required += info.nbytes * (2 if wide else 1)
+    free = shutil.disk_usage(folder).free
+    if free < required:
+        raise OutputError(
+            f"{folder.parent}: the graphs need about {required} bytes, the disk has {free} free; "
+            f"free {required - free} bytes or choose another disk"
+        )
+
+
+def _make_manifest(
+    folder: Path, weights: CheckpointWeights, command: Sequence[str]
+) -> dict[str, Any]:
+    run = weights.checkpoint.folder
+    manifest = run / MANIFEST_NAME
+    return {
+        "nvvl_version": nvvl.__version__,
+        "versions": {name: version(name) for name in ("onnx", "torch")},
+        "command": list(command),
+        "checkpoint": {
+            "manifest_sha256": hash_file(manifest) if manifest.is_file() else None,
+            "tensors": dict(sorted(weights.sha256.items())),
+        },
+        "files": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
+    }

@@ -1,0 +1,96 @@
+"""What the graphs of one export look like: a frozen recipe that a TOML file maps to one to one.
+
+    dtype = "bf16"               # of activations: bf16 or f32
+    kv_cache = "fixed"           # fixed capacity with positions, or growing
+    kv_capacity = 4096           # tokens that a fixed cache holds
+    token_embedding = "sidecar"  # looked up outside the graphs, or inside
+
+An unknown key is an error that names the nearest known one.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from nvvl.errors import RecipeError
+from nvvl.quantize.recipe import near_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecipe:
+    """Everything that decides the graphs, besides the checkpoint.
+
+    Attributes:
+        dtype: Of activations and products.
+        kv_cache: ``fixed``: keys and values have room for ``kv_capacity`` tokens, and the input
+            ``positions`` says where new ones go. ``growing``: they come back longer.
+        kv_capacity: Most tokens of prompt and answer together; of a growing cache, what shape
+            profiles allow.
+        token_embedding: ``sidecar``: graphs take embeddings, the table lies in
+            ``embedding.safetensors``. ``inside``: they take token ids and image embeddings.
+        max_batch: Largest batch of the shape profiles.
+        max_tiles: Most tiles of one run of the vision graph in the shape profiles.
+        prefill_tokens: Most new tokens of one run of the prefill graph in the shape profiles;
+            longer prompts are run in pieces.
+    """
+
+    dtype: Literal["bf16", "f32"] = "bf16"
+    kv_cache: Literal["fixed", "growing"] = "fixed"
+    kv_capacity: int = 4096
+    token_embedding: Literal["sidecar", "inside"] = "sidecar"
+    max_batch: int = 4
+    max_tiles: int = 13
+    prefill_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or value < 1):
+                raise RecipeError(f"{name}: required a positive integer, got {value!r}")
+            if kind is not int and value not in get_args(kind):
+                raise RecipeError(
+                    f"{name}: required one of {', '.join(get_args(kind))}, got {value!r}"
+                )
+        if self.prefill_tokens > self.kv_capacity:
+            raise RecipeError(
+                f"prefill_tokens: {self.prefill_tokens} new tokens do not fit into kv_capacity "
+                f"{self.kv_capacity}; lower it, or raise the capacity"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "GraphRecipe":
+        """Build a recipe from plain values.
+
+        Raises:
+            RecipeError: if a key is unknown, or a value is impossible.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"recipe: unknown key {key!r}{near_names(key, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "GraphRecipe":
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: if the file is missing, is not TOML, or as `from_dict`.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not valid TOML ({error})") from None
+        try:
+            return cls.from_dict(values)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `from_dict` and JSON take."""
+        return dataclasses.asdict(self)

@@ -62,3 +62,5 @@ def publish(model: NemotronNanoVL, tokenizer_file: Path, out: Path) -> None:
         text = json.dumps(content, indent=2) + "\n"
         (out / name).write_text(text, encoding="utf-8")
     shutil.copyfile(tokenizer_file, out / "tokenizer.json")
+    template = Path(__file__).with_name("chat_template.jinja")
+    shutil.copyfile(template, out / template.name)

@@ -16,6 +16,7 @@ from nvvl.calib_data.command import show
 from nvvl.distill.command import distill
 from nvvl.errors import NvvlError
 from nvvl.export.command import chat, onnx, plan, verify
+from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize
 from nvvl.reports.command import demo, evaluate, report
@@ -62,6 +63,7 @@ app.command(epilog="Example: nvvl quantize nvfp4 embedded OUT --calib my-images/
 app.command(epilog="Example: nvvl distill RUN --teacher embedded -o OUT")(distill)
 app.command(epilog="Example: nvvl verify OUT --against embedded")(verify)
 export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
+export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
 calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")(show)

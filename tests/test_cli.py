@@ -20,6 +20,7 @@ VERBS = [
     ["quantize"],
     ["distill"],
     ["verify"],
+    ["export", "serve"],
     ["evaluate"],
     ["report"],
     ["calib", "show"],

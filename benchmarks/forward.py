@@ -3,8 +3,9 @@
     python benchmarks/forward.py [--tokens 512] [--threads 2] [--rounds 7] [--json]
 
 Both sides run the same random 0.5 B hybrid language model in bfloat16 on the same tokens, in one
-process. The matrix rate is that of a bfloat16 product of the model's largest linear shape; the
-fraction counts the floating-point operations of the linear layers alone, over the whole time.
+process. The matrix rate is that of a product of the model's largest linear shape, in bfloat16 or
+float32, whichever this CPU does faster; the fraction counts the floating-point operations of the
+linear layers alone, over the whole time.
 
 Every round times nvvl, the matrix product and transformers one after the other. Ratios are taken
 within a round and their median is reported, so that slow changes of load fall on both sides of a
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.products import has_bf16_units
 from nvvl.model.vlm import LanguageModel
 
 HALF_BILLION: dict[str, Any] = {
@@ -67,10 +69,11 @@ def make_pair() -> tuple[LanguageModel, NemotronHForCausalLM]:
 
 
 def make_matrix_product(tokens: int) -> tuple[Callable[[], object], int]:
-    """Return a call that does bfloat16 products of the MLP's shape, and its FLOP."""
+    """Return a call that does products of the MLP's shape at the CPU's best rate, and its FLOP."""
     hidden, inner = HALF_BILLION["hidden_size"], HALF_BILLION["intermediate_size"]
-    linear = nn.Linear(hidden, inner, bias=False).to(torch.bfloat16)
-    x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if has_bf16_units() else torch.float32
+    linear = nn.Linear(hidden, inner, bias=False).to(dtype)
+    x = torch.randn(tokens, hidden, dtype=dtype)
     repeats = 10
 
     def run() -> None:
@@ -102,6 +105,7 @@ def describe_machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "clock": "thread CPU time" if torch.get_num_threads() == 1 else "wall time",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "load_before": os.getloadavg()[0],

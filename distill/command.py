@@ -1,13 +1,34 @@
-"""The verb ``nvvl distill``."""
+"""The verbs ``nvvl distill`` and ``nvvl precompute``."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvvl.options import DeviceOption, JsonOption, OverwriteOption, SeedOption, choose_device
+from nvvl.options import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    SeedOption,
+    choose_device,
+)
+
+if TYPE_CHECKING:
+    from nvvl.distill.recipe import DistillRecipe
+
+DataOption = Annotated[
+    str, typer.Option(metavar="SET", help="Items: default, a folder of images, or a JSONL file.")
+]
+DistillRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher."
+    ),
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps; else the recipe's.")]
 
 
 def distill(
@@ -21,51 +42,55 @@ def distill(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to write; BF16 weights go to OUT.bf16.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(metavar="SET", help="Items: default, a folder of images, or a JSONL file."),
-    ] = "default",
-    recipe: Annotated[
-        str | None,
+    data: DataOption = "default",
+    recipe: DistillRecipeOption = None,
+    steps: StepsOption = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; else the recipe's.")] = None,
+    logits: Annotated[
+        Path | None,
         typer.Option(
-            help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher."
+            metavar="LOGITS",
+            help="Folder that nvvl precompute wrote: the teacher's layers are then not needed.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; else the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; else the recipe's.")] = None,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="With several processes: a slice of the state each (FSDP2)."),
+    ] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write TensorBoard events there too.")
+    ] = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a quantized checkpoint towards its BF16 teacher; goes on where it stopped."""
+    """Train a quantized checkpoint towards its BF16 teacher; goes on where it stopped.
+
+    Several processes: torchrun --nproc-per-node N -m nvvl distill ...
+    """
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import print_json, show_progress
-    from nvvl.distill.presets import load_distill_recipe
+    from nvvl.distill.train import Execution
     from nvvl.distill.train import distill as distill_run
     from nvvl.model.load import resolve_model
 
-    preset = "qad_nvfp4_embedded" if teacher == "embedded" else "qad_nvfp4"
-    chosen = load_distill_recipe(recipe or preset)
-    chosen = replace(
-        chosen, num_steps=steps or chosen.num_steps, learning_rate=lr or chosen.learning_rate
-    )
-    num_items = chosen.num_training_items + chosen.num_validation_items
+    chosen = _choose_recipe(teacher, recipe, steps, lr)
     source = resolve_model(teacher)
-    items = load_calibration_set(data, num_items=num_items, seed=seed)
+    items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
     with show_progress() as progress:
-        result = distill_run(
-            run,
-            source,
-            out,
-            chosen,
-            items,
-            seed=seed,
+        execution = Execution(
             device=choose_device(device),
+            shard=shard,
+            logits=logits,
+            tensorboard=tensorboard,
             overwrite=overwrite,
             progress=progress,
             command=["nvvl", *sys.argv[1:]],
         )
+        result = distill_run(run, source, out, chosen, items, seed=seed, execution=execution)
+    if result is None:  # the main process says it
+        return
     if as_json:
         losses = {"start_loss": result.start_loss, "best_loss": result.best_loss}
         print_json(
@@ -77,3 +102,59 @@ def distill(
         f"{result.best_step}, which is written"
     )
     print(f"prove it: nvvl verify {out} --against {result.bf16}")
+
+
+def precompute(
+    model: ModelArgument,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    data: DataOption = "default",
+    recipe: DistillRecipeOption = None,
+    steps: StepsOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Tokens kept of each position.")] = 64,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute a teacher's logits once, for nvvl distill --logits.
+
+    Give the data, recipe, steps and seed of the distillation they are for.
+    """
+    from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.console import print_json, show_progress
+    from nvvl.distill.precompute import precompute_logits
+    from nvvl.model.load import resolve_model
+
+    chosen = _choose_recipe(model, recipe, steps, None)
+    source = resolve_model(model)
+    items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
+    with show_progress() as progress:
+        num_rows = precompute_logits(
+            source,
+            items,
+            chosen,
+            out,
+            num_tokens=top,
+            seed=seed,
+            device=choose_device(device),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"out": str(out), "items": len(items.items), "positions": num_rows})
+    else:
+        print(f"{out}: {num_rows} positions of {len(items.items)} items, {top} tokens each")
+
+
+def _choose_recipe(
+    teacher: str, recipe: str | None, steps: int | None, lr: float | None
+) -> "DistillRecipe":
+    """Return the recipe that is named, or the one for a teacher, with what was set apart."""
+    from nvvl.distill.presets import load_distill_recipe
+
+    preset = "qad_nvfp4_embedded" if teacher == "embedded" else "qad_nvfp4"
+    chosen = load_distill_recipe(recipe or preset)
+    if steps is not None:
+        chosen = replace(chosen, num_steps=steps)
+    return chosen if lr is None else replace(chosen, learning_rate=lr)

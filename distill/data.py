@@ -4,14 +4,14 @@ Which items a step sees is a function of the seed and the number of the step alo
 one permutation, and a step takes the next items of it. So there is no position in the data to be
 saved or lost, and a resumed run sees exactly what an uninterrupted one would.
 
-Items of one step are sorted by length and cut into batches of a bounded number of tokens, so that
-little is padding and memory does not depend on how many items a step has. Padding is on the left,
-as the model takes it; each item stands alone in its row, so no Mamba state crosses items.
+Items of one step are packed into rows of a bounded number of tokens (``nvvl.model.packing``): the
+longest first, each into the first row with room. Nothing is padded, and memory does not depend on
+how many items a step has. Several processes share a step's items.
 
-Shapes: B items, T tokens.
+Shapes: T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,22 +20,34 @@ from torch import Tensor
 from nvvl.calib_data.items import Item
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.errors import DataError
-from nvvl.model.processor import Batch, ModelInputs, Processor, collate
+from nvvl.model.processor import ModelInputs, Processor
 
 
 @dataclass(frozen=True)
-class LossBatch:
-    """A batch and the positions whose predictions are compared.
+class ItemBatch:
+    """Items that share a row.
 
     Attributes:
-        item_ids: Of the rows.
-        inputs: The batch, padded on the left.
-        loss_mask: (B, T) bool; never True at the last position, which predicts nothing known.
+        indices: Of the items in their set, in the order of the row.
+        item_ids: Of the items.
+        inputs: Of each item.
+        loss_masks: (T,) bool of each item, True where the prediction of the next token counts.
     """
 
+    indices: tuple[int, ...]
     item_ids: tuple[str, ...]
-    inputs: Batch
-    loss_mask: Tensor
+    inputs: tuple[ModelInputs, ...]
+    loss_masks: tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return sum(len(inputs.input_ids) for inputs in self.inputs)
+
+    @property
+    def num_rows(self) -> int:
+        """Positions that count."""
+        return sum(int(mask.sum()) for mask in self.loss_masks)
 
 
 class DistillData:
@@ -47,7 +59,14 @@ class DistillData:
     """
 
     def __init__(
-        self, items: Sequence[Item], processor: Processor, recipe: DistillRecipe, *, seed: int
+        self,
+        items: Sequence[Item],
+        processor: Processor,
+        recipe: DistillRecipe,
+        *,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+        check: Callable[[Item], None] | None = None,
     ) -> None:
         """Split the items.
 
@@ -56,15 +75,23 @@ class DistillData:
             processor: The model's.
             recipe: Gives sizes and which tokens count.
             seed: Of the split and of the order.
+            share: Index of this process, and how many there are: it takes every n-th item.
+            check: Refuses an item that must not be used.
 
         Raises:
-            DataError: if nothing is left to train on.
+            DataError: if nothing is left to train on, or a process would have no item.
         """
         if len(items) <= recipe.num_validation_items:
             raise DataError(
                 f"distillation: the set has {len(items)} items and {recipe.num_validation_items} "
                 "are kept for validation, so none is left to train on; give more items, or lower "
                 "num_validation_items in the recipe"
+            )
+        fewest = min(recipe.items_per_step, recipe.num_validation_items)
+        if fewest < share[1]:
+            raise DataError(
+                f"distillation: {share[1]} processes share the items of a step, and the recipe has "
+                f"{fewest}; raise items_per_step and num_validation_items, or start fewer"
             )
         order = _permutation(len(items), seed, -1)
         self.validation = sorted(order[: recipe.num_validation_items])
@@ -73,89 +100,107 @@ class DistillData:
         self._processor = processor
         self._recipe = recipe
         self._seed = seed
+        self._share = share
+        self._check = check
 
-    def training_batches(self, step: int) -> list[LossBatch]:
-        """Return the batches of one optimizer step, counted from 0.
+    def training_batches(self, step: int) -> list[ItemBatch]:
+        """Return this process's batches of one optimizer step, counted from 0.
 
         Raises:
             DataError: if an item cannot be used, or has no token that counts.
         """
         size = self._recipe.items_per_step
-        places = range(step * size, (step + 1) * size)
-        return list(self._make_batches([self._index_at(place) for place in places]))
+        index, count = self._share
+        places = range(step * size + index, (step + 1) * size, count)
+        return self.pack([self._index_at(place) for place in places])
 
-    def validation_batches(self) -> Iterator[LossBatch]:
-        """Return the held-out items in batches.
+    def validation_batches(self) -> Iterator[ItemBatch]:
+        """Return this process's held-out items in batches.
 
         Raises:
             DataError: as `training_batches`.
         """
-        size = self._recipe.items_per_step
-        for start in range(0, len(self.validation), size):
-            yield from self._make_batches(self.validation[start : start + size])
+        index, count = self._share
+        held_out = self.validation[index::count]
+        size = self._recipe.items_per_step  # as many as fit in memory in training
+        for start in range(0, len(held_out), size):
+            yield from self.pack(held_out[start : start + size])
 
     def _index_at(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.training))
         return self.training[_permutation(len(self.training), self._seed, epoch)[offset]]
 
-    def _make_batches(self, indices: Sequence[int]) -> Iterator[LossBatch]:
-        prepared = []
-        for index in indices:
-            item = self._items[index]
-            prepared.append((item.item_id, self._prepare(item)))
-        prepared.sort(key=lambda pair: len(pair[1].input_ids))
-        for group in _cut_by_tokens(prepared, self._recipe.tokens_per_batch):
-            inputs = [pair[1] for pair in group]
-            batch = collate(inputs, self._processor.config.language.pad_token_id)
-            mask = loss_mask(
-                batch,
-                self._recipe.loss_tokens,
-                image_token_id=self._processor.config.image_token_id,
-            )
-            ids = tuple(pair[0] for pair in group)
-            for item_id, row in zip(ids, mask, strict=True):
-                if not row.any():
-                    raise DataError(
-                        f"item {item_id}: no token counts for the loss; give it an answer, or set "
-                        'loss_tokens = "text"'
-                    )
-            yield LossBatch(ids, batch, mask)
+    def pack(self, indices: Sequence[int]) -> list[ItemBatch]:
+        """Return items of the set in batches.
 
-    def _prepare(self, item: Item) -> ModelInputs:
+        Raises:
+            DataError: as `training_batches`.
+        """
+        items = [self._prepare(self._items[index]) for index in indices]
+        lengths = [len(inputs.input_ids) for _, inputs, _ in items]
+        batches = []
+        for row in pack_lengths(lengths, self._recipe.tokens_per_batch):
+            ids, inputs, masks = zip(*(items[place] for place in row), strict=True)
+            batches.append(ItemBatch(tuple(indices[place] for place in row), ids, inputs, masks))
+        return batches
+
+    def _prepare(self, item: Item) -> tuple[str, ModelInputs, Tensor]:
+        if self._check is not None:
+            self._check(item)
         try:
-            return self._processor(item.messages, images=item.images, videos=item.videos)
+            inputs = self._processor(item.messages, images=item.images, videos=item.videos)
         except DataError as error:
             raise DataError(f"item {item.item_id}: {error}") from None
+        image_token_id = self._processor.config.image_token_id
+        mask = loss_mask(inputs, self._recipe.loss_tokens, image_token_id=image_token_id)
+        if not mask.any():
+            raise DataError(
+                f"item {item.item_id}: no token counts for the loss; give it an answer, or set "
+                'loss_tokens = "text"'
+            )
+        return item.item_id, inputs, mask
 
 
-def loss_mask(batch: Batch, tokens: LossTokens, *, image_token_id: int) -> Tensor:
-    """Mark the positions whose prediction of the next token counts, (B, T) bool.
+def loss_mask(inputs: ModelInputs, tokens: LossTokens, *, image_token_id: int) -> Tensor:
+    """Mark the positions of one item whose prediction of the next token counts, (T,) bool.
+
+    The last position predicts nothing known, so it never counts.
 
     Args:
-        batch: Padded on the left.
-        tokens: ``text``, every real position that is no image token, or ``answers``, those whose
-            next token belongs to an answer.
+        inputs: The item.
+        tokens: ``text``, every position that is no image token, or ``answers``, those whose next
+            token belongs to an answer.
         image_token_id: Id of image tokens.
     """
-    mask = torch.zeros_like(batch.padding_mask)
+    mask = torch.zeros_like(inputs.answer_mask)
     if tokens == "answers":
-        mask[:, :-1] = batch.answer_mask[:, 1:]
+        mask[:-1] = inputs.answer_mask[1:]
     else:
-        mask[:, :-1] = (batch.padding_mask & (batch.input_ids != image_token_id))[:, :-1]
+        mask[:-1] = (inputs.input_ids != image_token_id)[:-1]
     return mask
 
 
-def _cut_by_tokens(
-    prepared: Sequence[tuple[str, ModelInputs]], most: int
-) -> Iterator[list[tuple[str, ModelInputs]]]:
-    """Cut a list sorted by length into groups that take at most ``most`` tokens when padded."""
-    group: list[tuple[str, ModelInputs]] = []
-    for pair in prepared:
-        if group and len(pair[1].input_ids) * (len(group) + 1) > most:
-            yield group
-            group = []
-        group.append(pair)
-    yield group
+def pack_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Put items into rows of at most ``most`` tokens: first fit, the longest first.
+
+    Args:
+        lengths: Tokens of each item.
+        most: Of a row; an item that alone has more gets a row of its own.
+
+    Returns:
+        Indices of the items of each row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = (row for row, left in enumerate(room) if left >= lengths[index])
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(most)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
 
 
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:

@@ -16,6 +16,10 @@ Memory beyond the inputs, with V vocabulary, D hidden size, N rows and c rows a 
 any V and N: at V = 131,072, D = 5,120 and N = 16,384 the sum is 0.63 + 0.5 + 0.31 GiB, less where
 hidden states and so the scaled gradient are BF16. A head that trains adds 8 V D.
 
+A teacher whose logits were computed before is given as its most likely tokens (`TopRows`). The KL
+is then that of the two distributions with all other tokens counted as one: never more than the
+whole KL, and equal to it where those tokens have the same shares on both sides.
+
 The losses are means over rows: ``kl`` sum_v p_t (log p_t - log p_s) in nats, temperature 1 on both
 sides (forward KL, arXiv 2601.20088); ``mse`` the mean over the vocabulary of squared differences of
 logits; ``ce`` -log p_s of the next token, for which there is no teacher.
@@ -49,6 +53,35 @@ class Rows:
     head: Tensor
 
 
+@dataclass(frozen=True)
+class TopRows:
+    """A teacher's distribution at some token positions, its K most likely tokens alone.
+
+    Attributes:
+        tokens: (N, K) int64 ids, different within a row.
+        log_probs: (N, K) float32, natural logarithms of their probabilities.
+        log_tail: (N,) float32, that of the probability of all other tokens; -inf if there are none.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "TopRows":
+        return TopRows(self.tokens[part], self.log_probs[part], self.log_tail[part])
+
+
+def take_top(logits: Tensor, num_tokens: int) -> TopRows:
+    """Keep the most likely tokens of (N, V) logits."""
+    log_probs = logits.float().log_softmax(-1)
+    values, tokens = log_probs.topk(min(num_tokens, logits.shape[-1]), dim=-1)
+    rest = log_probs.scatter(-1, tokens, -torch.inf)
+    return TopRows(tokens, values, rest.logsumexp(-1))
+
+
 def chunk_rows(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """Return how many rows are taken at once."""
     return max(1, chunk_bytes // (BUFFERS * 4 * vocab_size))
@@ -58,7 +91,7 @@ def chunked_loss(
     kind: Loss,
     student: Rows,
     *,
-    teacher: Rows | None = None,
+    teacher: Rows | TopRows | None = None,
     targets: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
@@ -67,7 +100,7 @@ def chunked_loss(
     Args:
         kind: Which loss.
         student: Its rows; gradients flow to ``hidden`` and, if it requires one, to ``head``.
-        teacher: The same positions of the teacher, for ``kl`` and ``mse``.
+        teacher: The same positions of the teacher, for ``kl`` and ``mse``; `TopRows` for ``kl``.
         targets: (N,) int64 next tokens, for ``ce``.
         chunk_bytes: Memory for logits.
 
@@ -83,6 +116,9 @@ def chunked_loss(
     if kind == "ce":
         if targets is None or targets.shape != (num_rows,):
             raise ValueError(f"targets: ce needs ({num_rows},) token ids")
+    elif isinstance(teacher, TopRows):
+        if kind != "kl" or len(teacher) != num_rows:
+            raise ValueError(f"teacher: its top tokens serve kl alone, and needed {num_rows} rows")
     elif teacher is None or (len(teacher.hidden), len(teacher.head)) != (num_rows, vocab_size):
         raise ValueError(f"teacher: {kind} needs {num_rows} rows and a vocabulary of {vocab_size}")
     rows = chunk_rows(vocab_size, chunk_bytes)
@@ -94,7 +130,12 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, kind: Loss, against: "Rows | Tensor", rows: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        kind: Loss,
+        against: "Rows | TopRows | Tensor",
+        rows: int,
     ) -> Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         total = torch.zeros((), device=hidden.device)
@@ -103,11 +144,13 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], head)
-            if isinstance(against, Tensor):
-                compared = against[part]
+            # each leaves d loss / d logits in the logits
+            if isinstance(against, TopRows):
+                total += _kl_of_top(logits, against[part])
+            elif isinstance(against, Tensor):
+                total += _LOSSES[kind](logits, against[part])
             else:
-                compared = _logits(against.hidden[part], against.head)
-            total += _LOSSES[kind](logits, compared)  # logits become d loss / d logits
+                total += _LOSSES[kind](logits, _logits(against.hidden[part], against.head))
             if hidden_grad is not None:
                 _add_hidden_grad(hidden_grad[part], logits, head)
             if head_grad is not None:
@@ -149,6 +192,22 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
     probability = teacher.copy_(teacher_log).exp_()
     loss = teacher_log.sub_(student_log).mul_(probability).sum()
     student.copy_(student_log).exp_().sub_(probability)
+    return loss
+
+
+def _kl_of_top(student: Tensor, teacher: TopRows) -> Tensor:
+    log_probs = student.log_softmax(-1)
+    top = log_probs.gather(-1, teacher.tokens)
+    log_probs.scatter_(-1, teacher.tokens, -torch.inf)
+    log_tail = log_probs.logsumexp(-1)
+    probability, tail = teacher.log_probs.exp(), teacher.log_tail.exp()
+    # a tail without any probability adds nothing, whatever its logarithm
+    differences = torch.where(tail > 0, teacher.log_tail - log_tail, torch.zeros_like(tail))
+    loss = (probability * (teacher.log_probs - top)).sum() + (tail * differences).sum()
+    # q - p for the top tokens; for the others q, less the tail's probability shared out as q is
+    share = torch.where(tail > 0, tail * torch.exp(-log_tail), torch.zeros_like(tail))
+    student.copy_(log_probs).exp_().mul_(1 - share[:, None])
+    student.scatter_(-1, teacher.tokens, top.exp() - probability)
     return loss
 
 

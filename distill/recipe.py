@@ -19,9 +19,17 @@ from nvvl.quantize.recipe import near_names
 
 Loss = Literal["kl", "mse", "ce"]
 LossTokens = Literal["text", "answers"]
-Trainable = Literal["linears", "norms"]
+Trainable = Literal["linears", "norms", "input_scales"]
 
-_POSITIVE = ("num_steps", "items_per_step", "tokens_per_batch", "validate_every")
+_POSITIVE = (
+    "num_steps",
+    "items_per_step",
+    "tokens_per_batch",
+    "num_validation_items",
+    "validate_every",
+    "keep_best",
+)
+_SWITCHES = ("recalibrate_inputs", "recompute")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss": get_args(Loss),
     "loss_tokens": get_args(LossTokens),
@@ -34,25 +42,37 @@ class DistillRecipe:
 
     Attributes:
         name: Shown in manifests and reports.
-        trainable: What trains: ``linears``, the quantized ones of the language model, and
-            ``norms``, those of the language model. Everything else stays as the teacher has it.
+        trainable: What trains: ``linears``, the quantized ones of the language model, ``norms``,
+            those of the language model, and ``input_scales``, the static scales of quantized
+            inputs (LSQ). Everything else stays as the teacher has it.
         loss: ``kl``, forward KL(teacher || student) at temperature 1; ``mse`` on logits; ``ce``
             against the next token, which is quantization-aware training without a teacher.
         loss_tokens: ``text``, every position but those of images and padding, or ``answers``, the
             positions that predict what the assistant says.
+        layer_loss: Weight of a second term: the mean squared difference of the hidden states after
+            each layer, as a fraction of their mean square. 0 leaves it out.
+        recalibrate_inputs: Whether each validation first sets the input amax to the largest
+            magnitude the student has met since the one before.
+        video_pruning_rate: Share of video tokens that EVS drops.
         learning_rate: The highest, reached after the warmup.
+        scale_learning_rate: That of learned scales, which are moved as logarithms.
         safe_learning_rate: Above it the user is warned.
         warmup_fraction: Part of the steps in which the rate rises linearly from zero; then it falls
             to zero as a cosine.
         beta2: AdamW's decay of squared gradients.
         weight_decay: AdamW's.
         max_grad_norm: Longer gradients are scaled down to it.
+        ema_decay: Of a running average of the trained tensors, which is then what is validated
+            and written; 0 takes the tensors themselves.
         num_steps: Optimizer steps.
-        items_per_step: Items whose gradients make one optimizer step.
-        tokens_per_batch: Most tokens, padding counted, that run at once; a step's items are cut
-            into as many batches as that needs. An item that alone is longer runs alone.
+        items_per_step: Items whose gradients make one optimizer step, over all processes.
+        tokens_per_batch: Tokens a row is packed to; a step's items are cut into as many rows as
+            that needs, and their gradients add up. An item that alone is longer runs alone.
+        recompute: Whether the activations inside a layer are computed again in the backward pass
+            in place of being kept.
         num_validation_items: Items kept out of training, on which the outcome is chosen.
         validate_every: Steps between validations; the state is saved then.
+        keep_best: How many of the best validated weights are kept.
     """
 
     name: str
@@ -60,16 +80,23 @@ class DistillRecipe:
     trainable: tuple[Trainable, ...] = ("linears", "norms")
     loss: Loss = "kl"
     loss_tokens: LossTokens = "text"
+    layer_loss: float = 0.0
+    recalibrate_inputs: bool = False
+    video_pruning_rate: float = 0.0
     safe_learning_rate: float = 1e-5
+    scale_learning_rate: float = 1e-3
     warmup_fraction: float = 0.05
     beta2: float = 0.95
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     num_steps: int = 1000
     items_per_step: int = 32
     tokens_per_batch: int = 16384
+    recompute: bool = False
     num_validation_items: int = 128
     validate_every: int = 50
+    keep_best: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -79,11 +106,15 @@ class DistillRecipe:
                 f"trainable: required some of {', '.join(get_args(Trainable))}, "
                 f"got {list(self.trainable)!r}"
             )
+        if self.recalibrate_inputs and "input_scales" in self.trainable:
+            raise RecipeError(
+                "recalibrate_inputs: the input scales are learned already (trainable); choose one"
+            )
 
     @property
-    def num_training_items(self) -> int:
-        """Items that are looked at, if none is looked at twice."""
-        return self.num_steps * self.items_per_step
+    def num_items(self) -> int:
+        """Items of a set in which none is looked at twice, those for validation included."""
+        return self.num_steps * self.items_per_step + self.num_validation_items
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DistillRecipe":
@@ -129,13 +160,17 @@ class DistillRecipe:
         # JSON strings, numbers and lists of strings are valid TOML as they stand
         return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
 
-    def learning_rate_at(self, step: int) -> float:
-        """Return the rate of a step, counted from 0: linear warmup, then a cosine to zero."""
+    def rate_factor(self, step: int) -> float:
+        """Return the part of the rate at a step, from 0: linear warmup, then a cosine to zero."""
         num_warmup = math.ceil(self.warmup_fraction * self.num_steps)
         if step < num_warmup:
-            return self.learning_rate * (step + 1) / num_warmup
+            return (step + 1) / num_warmup
         progress = (step - num_warmup) / max(1, self.num_steps - num_warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        return self.learning_rate * self.rate_factor(step)
 
     def _check(self, key: str, value: object) -> None:
         if key in _CHOICES:
@@ -146,7 +181,10 @@ class DistillRecipe:
         elif key == "name":
             if not isinstance(value, str) or not value:
                 raise RecipeError(f"name: required a text, got {value!r}")
-        elif key in _POSITIVE or key == "num_validation_items":
+        elif key in _SWITCHES:
+            if not isinstance(value, bool):
+                raise RecipeError(f"{key}: required true or false, got {value!r}")
+        elif key in _POSITIVE:
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{key}: required an integer of at least 1, got {value!r}")
         elif key != "trainable":
@@ -155,9 +193,9 @@ class DistillRecipe:
                 raise RecipeError(f"{key}: required a number, got {value!r}")
             if not low <= value <= high or (key == "learning_rate" and value == 0):
                 raise RecipeError(f"{key}: required {low} to {high:g}, got {value!r}")
+            if key in ("ema_decay", "video_pruning_rate") and value == 1:
+                raise RecipeError(f"{key}: required less than 1, got {value!r}")
 
 
 def _range_of(key: str) -> tuple[float, float]:
-    if key in ("learning_rate", "safe_learning_rate", "warmup_fraction", "beta2"):
-        return 0, 1
-    return 0, 1e9
+    return (0, 1e9) if key in ("weight_decay", "max_grad_norm", "layer_loss") else (0, 1)

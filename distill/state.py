@@ -1,20 +1,21 @@
 """The state of a training run on disk: resumed bit for bit, or refused.
 
     OUT.train/state.json               what the run is, where it stands, names and hashes of files
-    OUT.train/step-000050.safetensors  FP32 masters and AdamW's two moments
-    OUT.train/best-000050.safetensors  FP32 masters of the best validation
+    OUT.train/step-000050.safetensors  masters, AdamW's two moments, averages, input amaxes
+    OUT.train/best-000050.safetensors  weights and input amaxes of the best validations
     OUT.train/log.jsonl                a line a step
 
 ``state.json`` is replaced last, by a rename, so a run that is killed while it saves goes on from
 the state before. Nothing random has to be kept: the order of the data is a function of seed and
-step, and the model has no dropout. Names, shapes and dtypes must be exactly those of the run.
+step, and the model has no dropout. Names, shapes and dtypes must be exactly those of the run; the
+tensors are whole ones, so a run may go on with another number of processes.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from nvvl.model.safetensors_io import read_header, read_tensor
 
 LOG_NAME = "log.jsonl"
 _STATE_NAME = "state.json"
-_PARTS = ("master", "exp_avg", "exp_avg_sq")
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -36,15 +38,31 @@ class Standing:
 
     Attributes:
         step: Optimizer steps done.
-        start_kl: Validation loss of the untrained student.
-        best_kl: The lowest validation loss.
-        best_step: The step it was reached at.
+        start_loss: Validation loss of the untrained student.
+        best: (validation loss, step) of the best weights that are kept, best first.
     """
 
     step: int
-    start_kl: float
-    best_kl: float
-    best_step: int
+    start_loss: float
+    best: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest validation loss."""
+        return self.best[0][0]
+
+    @property
+    def best_step(self) -> int:
+        """The step it was reached at."""
+        return self.best[0][1]
+
+    def add(self, loss: float, *, keep: int) -> bool:
+        """Take a validation at the present step into account; return whether its weights are kept.
+
+        Of equal losses the earlier one is the better.
+        """
+        self.best = sorted([*self.best, (loss, self.step)])[:keep]
+        return (loss, self.step) in self.best
 
 
 class StateFolder:
@@ -64,11 +82,11 @@ class StateFolder:
         """The JSONL log."""
         return self.folder / LOG_NAME
 
-    def open(self, masters: Mapping[str, Tensor], *, overwrite: bool) -> bool:
+    def open(self, *, size_bytes: int, overwrite: bool) -> bool:
         """Make the folder, or find a run of the same identity in it.
 
         Args:
-            masters: Give the size of a state.
+            size_bytes: What saving will take: two states and the best weights.
             overwrite: Discard what is there.
 
         Returns:
@@ -76,7 +94,7 @@ class StateFolder:
 
         Raises:
             OutputError: if the folder holds a run with other settings, cannot be made, or the disk
-                has no room for two states and the best weights.
+                has no room.
         """
         if overwrite:
             self.discard()
@@ -91,77 +109,81 @@ class StateFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot be made ({error.strerror})") from None
-        required = 7 * sum(master.numel() * 4 for master in masters.values())
         free = shutil.disk_usage(self.folder).free
-        if found is None and free < required:
+        if found is None and free < size_bytes:
             raise OutputError(
-                f"{self.folder}: training state needs {required} bytes, the disk has {free} free; "
-                "free some or choose another disk"
+                f"{self.folder}: training state needs {size_bytes} bytes, the disk has {free} "
+                "free; free some or choose another disk"
             )
         return found is not None
 
     def save(
-        self,
-        standing: Standing,
-        masters: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer,
+        self, standing: Standing, state: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
     ) -> None:
-        """Save masters and optimizer, and the masters as the best where they are.
+        """Save a state, and the weights if they are among the best.
+
+        Args:
+            standing: Names the step, and which best weights are to be kept.
+            state: Everything the run goes on from.
+            weights: What would be written, if this step's are among the best.
 
         Raises:
             OutputError: if the disk is full.
         """
         name = f"step-{standing.step:06}.safetensors"
-        write_safetensors(self.folder / name, _pack_state(masters, optimizer))
-        if standing.best_step == standing.step:
-            best = self.folder / f"best-{standing.step:06}.safetensors"
-            write_safetensors(best, dict(masters))
-        best_name = f"best-{standing.best_step:06}.safetensors"
-        state = {
+        write_safetensors(self.folder / name, state)
+        if weights is not None:
+            write_safetensors(self.folder / _best_name(standing.step), weights)
+        names = [name, *(_best_name(step) for _, step in standing.best)]
+        content = {
             "identity": self.identity,
             "standing": asdict(standing),
-            "files": {file: _hash(self.folder / file) for file in (name, best_name)},
+            "files": {file: _hash(self.folder / file) for file in names},
         }
         partial = self.folder / f"{_STATE_NAME}.partial"
-        partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.folder / _STATE_NAME)
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in (name, best_name):
+            if path.name not in names:
                 path.unlink()
 
-    def load(self, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Standing:
-        """Fill masters and optimizer from the saved state.
+    def standing(self) -> Standing:
+        """Return how far the saved run has come.
+
+        Raises:
+            CheckpointError: if state.json cannot be read.
+        """
+        return _standing(self._read())
+
+    def load(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Return the saved state.
+
+        Args:
+            shapes: Of exactly the tensors there must be, all float32.
 
         Raises:
             CheckpointError: if a file changed, or a tensor is missing, unexpected or misshapen.
         """
-        standing = Standing(**self._read()["standing"])
-        tensors = self._read_tensors(f"step-{standing.step:06}.safetensors")
-        _require_fit(self.folder, tensors, _expected(masters, with_moments=standing.step > 0))
-        with torch.no_grad():
-            for name, master in masters.items():
-                master.copy_(tensors[f"master.{name}"])
-                if standing.step:
-                    optimizer.state[master] = {
-                        "step": torch.tensor(float(standing.step), device=master.device),
-                        **{
-                            part: tensors[f"{part}.{name}"].to(master.device) for part in _PARTS[1:]
-                        },
-                    }
-        return standing
+        return self._read_tensors(f"step-{self.standing().step:06}.safetensors", shapes)
 
-    def load_best(self, masters: Mapping[str, Tensor]) -> None:
-        """Fill the masters with the best ones.
+    def load_best(self, shapes: Shapes, *, step: int | None = None) -> dict[str, Tensor]:
+        """Return the best weights, or other kept ones.
+
+        Args:
+            shapes: As in `load`.
+            step: At which they were validated; None for the best.
 
         Raises:
-            CheckpointError: as `load`.
+            CheckpointError: as `load`, or if none of that step are kept.
         """
-        standing = Standing(**self._read()["standing"])
-        tensors = self._read_tensors(f"best-{standing.best_step:06}.safetensors")
-        _require_fit(self.folder, tensors, {n: tuple(m.shape) for n, m in masters.items()})
-        with torch.no_grad():
-            for name, master in masters.items():
-                master.copy_(tensors[name])
+        kept = [kept_step for _, kept_step in self.standing().best]
+        step = kept[0] if step is None else step
+        if step not in kept:
+            raise CheckpointError(
+                f"{self.folder}: no weights of step {step} are kept; there are those of "
+                f"{', '.join(map(str, kept))}"
+            )
+        return self._read_tensors(_best_name(step), shapes)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to the log."""
@@ -174,6 +196,15 @@ class StateFolder:
             lines = self.log_path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             self.log_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def finish(self) -> None:
+        """Leave only the best weights, where several are kept, and what names them."""
+        standing = self.standing()
+        if len(standing.best) < 2:
+            self.discard()
+            return
+        for path in self.folder.glob("step-*.safetensors"):
+            path.unlink()
 
     def discard(self) -> None:
         """Remove the files of a run, and the folder if nothing else is in it."""
@@ -188,8 +219,8 @@ class StateFolder:
     def _read(self) -> dict[str, Any]:
         path = self.folder / _STATE_NAME
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            Standing(**state["standing"])
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _standing(state)
             if not isinstance(state["identity"], dict) or not isinstance(state["files"], dict):
                 raise TypeError("identity and files")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -198,44 +229,37 @@ class StateFolder:
             ) from None
         return state
 
-    def _read_tensors(self, name: str) -> dict[str, Tensor]:
+    def _read_tensors(self, name: str, shapes: Shapes) -> dict[str, Tensor]:
         path = self.folder / name
         if not path.is_file() or self._read()["files"].get(name) != _hash(path):
             raise CheckpointError(
                 f"{path}: missing or changed since it was saved; pass --overwrite to start again"
             )
-        return {key: read_tensor(info) for key, info in read_header(path).items()}
+        tensors = {key: read_tensor(info) for key, info in read_header(path).items()}
+        _require_fit(path, tensors, shapes)
+        return tensors
 
 
-def _pack_state(
-    masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    tensors = {}
-    for name, master in masters.items():
-        tensors[f"master.{name}"] = master.detach()
-        moments = optimizer.state.get(master, {})
-        tensors |= {f"{part}.{name}": moments[part] for part in _PARTS[1:] if part in moments}
-    return tensors
+def _best_name(step: int) -> str:
+    return f"best-{step:06}.safetensors"
 
 
-def _expected(masters: Mapping[str, Tensor], *, with_moments: bool) -> dict[str, tuple[int, ...]]:
-    parts = _PARTS if with_moments else _PARTS[:1]
-    return {f"{p}.{name}": tuple(m.shape) for name, m in masters.items() for p in parts}
+def _standing(state: Mapping[str, Any]) -> Standing:
+    values = dict(state["standing"])
+    best = [(float(loss), int(step)) for loss, step in values.pop("best")]
+    return Standing(**values, best=best)
 
 
-def _require_fit(
-    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    faults = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    faults += [f"{name} is unexpected" for name in tensors.keys() - expected.keys()]
+def _require_fit(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
+    faults = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
+    faults += [f"{name} is unexpected" for name in tensors.keys() - shapes.keys()]
     faults += [
-        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, required float32 {expected[name]}"
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, required float32 {shapes[name]}"
         for name, tensor in tensors.items()
-        if name in expected
-        and (tensor.dtype != torch.float32 or tuple(tensor.shape) != expected[name])
+        if name in shapes and (tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes[name])
     ]
     if faults:
-        raise CheckpointError(f"{folder}: the state does not fit: {'; '.join(sorted(faults))}")
+        raise CheckpointError(f"{path}: the state does not fit: {'; '.join(sorted(faults))}")
 
 
 def _hash(path: Path) -> str:

@@ -1,160 +1,239 @@
 """The student: the teacher's language model with a run's quantizers, made to train.
 
 The forward pass sees weights and inputs of quantized linears rounded to their formats; gradients
-pass straight through both roundings, without a clip mask. The gradient of a rounded weight is
-therefore that of the weight itself, and so the rounding need not be part of the graph: it is done
-once an optimizer step (`Student.refresh`), however many batches the step has, and the backward pass
-runs no code of it. ModelOpt's quantizers round the weight in every forward.
+pass straight through both roundings (``scales.py``). The gradient of a rounded weight is therefore
+that of the weight itself, and so the rounding need not be part of the graph: it is done once an
+optimizer step (`Student.refresh`), however many batches the step has, and the backward pass runs no
+code of it. ModelOpt's quantizers round the weight in every forward.
 
 A trained tensor exists twice: as an FP32 master that the optimizer moves, and as the BF16 value the
 forward uses, made from the master rounded to BF16, which is what is written and packed in the end.
-The weight amax follows the weight; the input amax stays as the run calibrated it.
+The weight amax follows the weight. The input amax stays as the run calibrated it, or is learned (as
+a logarithm, so that a step is a fraction of it), or follows what the student meets.
 
-Vision tower, projector, embeddings and head are the teacher's own tensors, not copies: image
-features and embeddings are computed once for both models.
+Vision tower, projector, embeddings and head are the teacher's own tensors: image features and
+embeddings are computed once for both models.
+
+Where layers are sliced over processes (``sharding.py``), each process has a slice of a tensor and
+of its master; all of this then works on slices, and only the amax is taken over all of them.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from nvvl.distill.recipe import Trainable
-from nvvl.model.products import linear
-from nvvl.model.vlm import LanguageModel, NemotronNanoVL
+from nvvl.distill.backbone import PREFIX, Backbone, FakeQuantLinear, make_backbone
+from nvvl.distill.processes import Processes
+from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.sharding import shard_layers, slice_of
+from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8, kernels, nvfp4
 from nvvl.quantize.pack import Amax, input_scale, share_qkv
 from nvvl.quantize.recipe import Format
+from nvvl.quantize.targets import qkv_groups
 
-_PREFIX = "language_model."
-
-
-class FakeQuantLinear(nn.Module):
-    """``y = q(x) W^T`` with straight-through gradients; W holds values of its format already.
-
-    Attributes:
-        linear_format: Of the input.
-        weight: (N, K), set by `Student.refresh`.
-        scale: FP32 scalar of the input; None where inputs stay BF16.
-    """
-
-    def __init__(self, weight: Tensor, linear_format: Format, scale: Tensor | None) -> None:
-        super().__init__()
-        self.linear_format = linear_format
-        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        self.scale = scale  # stays on the CPU, where the kernels read it
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x`` (..., K) to (..., N)."""
-        if self.scale is not None:
-            x = _FakeQuantize.apply(x, self.scale, self.linear_format)  # type: ignore[no-untyped-call]
-        return linear(x, self.weight)
+LOG_AMAX = ".input_log_amax"
 
 
 class Student:
     """A trainable, fake-quantized language model.
 
     Attributes:
-        language_model: Computes hidden states; its embeddings and head are the teacher's.
-        masters: FP32 leaf tensors by tensor name; their ``grad`` is filled by `collect_gradients`.
+        backbone: Computes hidden states from embeddings.
+        masters: FP32 leaf tensors by name; their ``grad`` is filled by `collect_gradients`. Weights
+            have their tensor's name, learned input scales ``{linear}.input_log_amax``.
+        amaxes: FP32 scalars: the amax of each quantized input, as it is now.
         num_refreshes: How often weights were rounded.
+        sliced: Whether each process has a slice of every layer.
     """
 
-    language_model: LanguageModel
+    backbone: Backbone
 
     def __init__(
         self,
         teacher: NemotronNanoVL,
         formats: Mapping[str, Format],
         amaxes: Mapping[str, Amax],
+        recipe: DistillRecipe,
         *,
-        trainable: Sequence[Trainable] = ("linears", "norms"),
+        processes: Processes | None = None,
+        take_layers: bool = False,
+        shard: bool = False,
     ) -> None:
         """Make a student that computes what the run computes.
 
         Args:
-            teacher: The BF16 model the run was made from; not changed.
+            teacher: The BF16 model the run was made from.
             formats: Format of each quantized linear.
             amaxes: The run's amax of each; only those of inputs are used.
-            trainable: What gets a master.
+            recipe: Says what trains.
+            processes: Those that train together; None for this one alone.
+            take_layers: Take the teacher's layers in place of copying them; it has none afterwards.
+            shard: Give each process a slice of every layer.
         """
-        shared = (teacher.language_model.backbone.embeddings, teacher.language_model.lm_head)
-        memo: dict[int, Any] = {id(module): module for module in shared}
-        self.language_model = copy.deepcopy(teacher.language_model, memo)
-        self.masters: dict[str, Tensor] = {}
         self.num_refreshes = 0
+        self.masters: dict[str, Tensor] = {}
+        self.amaxes = {fqn: a.input.clone() for fqn, a in amaxes.items() if a.input is not None}
         self._formats = dict(formats)
-        self._teacher = teacher
-        for fqn, linear_format in formats.items():
-            amax = amaxes[fqn].input
-            scale = None if amax is None else input_scale(linear_format, amax)
-            weight = teacher.get_parameter(f"{fqn}.weight")
-            parent, _, leaf = fqn.removeprefix(_PREFIX).rpartition(".")
-            linear = FakeQuantLinear(weight, linear_format, scale)
-            setattr(self.language_model.get_submodule(parent), leaf, linear)
-        names = [f"{fqn}.weight" for fqn in formats] if "linears" in trainable else []
-        if "norms" in trainable:
-            names += [f"{_PREFIX}{name}" for name in _norm_names(self.language_model)]
-        for name in names:
-            self._parameter(name).requires_grad_(True)
-            self.masters[name] = teacher.get_parameter(name).float().clone().requires_grad_(True)
+        self._processes = processes or Processes("cpu")
+        self.sliced = shard
+        scales = {fqn: input_scale(formats[fqn], amax) for fqn, amax in self.amaxes.items()}
+        self.backbone = make_backbone(
+            teacher, formats, scales, recompute=recipe.recompute, take_layers=take_layers
+        )
+        trained = self._trained_names(recipe)
+        for name in trained:
+            self.backbone.get_parameter(name.removeprefix(PREFIX)).requires_grad_(True)
+        if shard:
+            shard_layers(self.backbone, self.backbone.layers, self._processes.device)
+        self._parameters = {f"{PREFIX}{name}": p for name, p in self.backbone.named_parameters()}
+        for name in trained:
+            weight = slice_of(self._parameters[name])
+            self.masters[name] = weight.float().clone().requires_grad_(True)
+        self._scale_owners = self._own_scales() if "input_scales" in recipe.trainable else {}
+        if recipe.recalibrate_inputs:
+            for linear in self._quantized_inputs().values():
+                linear.observed = torch.zeros(())
+        frozen = {f"{fqn}.weight" for fqn in formats} - self.masters.keys()
+        self._round({name: slice_of(self._parameters[name]) for name in sorted(frozen)})
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Give the forward the masters' values: rounded to BF16, weights to their formats too."""
         self.num_refreshes += 1
-        weights = {fqn: self._unquantized(f"{fqn}.weight") for fqn in self._formats}
-        amaxes = share_qkv({fqn: Amax(kernels.amax(w).cpu()) for fqn, w in weights.items()})
-        for fqn, weight in weights.items():
-            rounded = _round_weight(weight, self._formats[fqn], amaxes[fqn].weight)
-            self._parameter(f"{fqn}.weight").copy_(rounded)
+        weights: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            if name.removesuffix(".weight") not in weights:
-                self._parameter(name).copy_(master)
+            if name.endswith(LOG_AMAX):
+                continue
+            if name.removesuffix(".weight") in self._formats:
+                weights[name] = master.bfloat16()
+            else:
+                slice_of(self._parameters[name]).copy_(master)
+        self._round(weights)
+        for fqn, owner in self._scale_owners.items():
+            self.amaxes[fqn].copy_(self.masters[owner].exp())
+        self.set_input_scales()
+
+    @torch.no_grad()
+    def set_input_scales(self) -> None:
+        """Give the forward the scales that follow from `amaxes`."""
+        for fqn, linear in self._quantized_inputs().items():
+            assert linear.scale is not None
+            linear.scale.copy_(input_scale(self._formats[fqn], self.amaxes[fqn]))
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the gradients of a backward pass to the masters', in FP32, and clear them."""
         for name, master in self.masters.items():
-            parameter = self._parameter(name)
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
+            if not name.endswith(LOG_AMAX):
+                _add_gradient(master, _take_gradient(self._parameters[name]))
+        for fqn, owner in self._scale_owners.items():
+            scale = self._parameters[f"{fqn}.scale"]
+            gradient = _take_gradient(scale)
+            # the scale is proportional to the amax: d / d log amax = scale d / d scale
+            _add_gradient(self.masters[owner], None if gradient is None else gradient * scale)
 
-    def _unquantized(self, name: str) -> Tensor:
-        master = self.masters.get(name)
-        return self._teacher.get_parameter(name) if master is None else master.bfloat16()
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up the gradients of all processes.
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return self.language_model.get_parameter(name.removeprefix(_PREFIX))
+        Those of slices have become a mean on the way, and the others become one too beside them.
+        """
+        count = self._processes.count if self.sliced else 1
+        for name, master in self.masters.items():
+            if master.grad is not None and not self.is_sliced(name):
+                master.grad = self._processes.sum(master.grad) / count
+
+    @torch.no_grad()
+    def recalibrate(self) -> None:
+        """Set the amax of inputs to the largest met since the last time, where something was."""
+        linears = self._quantized_inputs()
+        met = torch.stack([_observed(linear) for linear in linears.values()])
+        for (fqn, linear), amax in zip(linears.items(), self._processes.max(met), strict=True):
+            if amax > 0:
+                self.amaxes[fqn] = amax.clone()
+            linear.observed = torch.zeros(())
+        for group in qkv_groups(self.amaxes):
+            assert len({float(self.amaxes[fqn]) for fqn in group}) == 1, group  # one tensor
+        self.set_input_scales()
+
+    def parameter(self, name: str) -> Tensor:
+        """Return what a master is the master of: shaped as a checkpoint stores it."""
+        return self.masters[name] if name.endswith(LOG_AMAX) else self._parameters[name]
+
+    def is_sliced(self, name: str) -> bool:
+        """Whether each process has a slice of a master."""
+        return self.sliced and not name.endswith(LOG_AMAX)
+
+    def _round(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights, rounded to their formats, where the forward reads them."""
+        if not weights:
+            return
+        local = torch.stack([_amax(weight) for weight in weights.values()])
+        largest = self._processes.max(local) if self.sliced else local
+        names = [name.removesuffix(".weight") for name in weights]
+        amaxes = share_qkv({fqn: Amax(a) for fqn, a in zip(names, largest, strict=True)})
+        for fqn, weight in zip(names, weights.values(), strict=True):
+            if weight.numel():
+                rounded = _round_weight(weight, self._formats[fqn], amaxes[fqn].weight)
+                slice_of(self._parameters[f"{fqn}.weight"]).copy_(rounded)
+
+    def _trained_names(self, recipe: DistillRecipe) -> list[str]:
+        names = []
+        if "linears" in recipe.trainable:
+            names += [f"{fqn}.weight" for fqn in self._formats]
+        if "norms" in recipe.trainable:
+            names += [
+                f"{PREFIX}{name}"
+                for name, parameter in self.backbone.named_parameters()
+                if parameter.ndim == 1 and name.endswith(("norm.weight", "norm_f.weight"))
+            ]
+        return names
+
+    def _own_scales(self) -> dict[str, str]:
+        """Make a master of each input amax, one for q, k and v, and name it for each linear."""
+        owners = {fqn: f"{fqn}{LOG_AMAX}" for fqn in self._quantized_inputs()}
+        for query, key, value in qkv_groups(owners):
+            owners[key] = owners[value] = owners[query]
+        for fqn, owner in owners.items():
+            self._parameters[f"{fqn}.scale"].requires_grad_(True)
+            if owner not in self.masters:
+                self.masters[owner] = self.amaxes[fqn].log().requires_grad_(True)
+        return owners
+
+    def _quantized_inputs(self) -> dict[str, FakeQuantLinear]:
+        linears = {}
+        for fqn in self.amaxes:
+            linear = self.backbone.get_submodule(fqn.removeprefix(PREFIX))
+            assert isinstance(linear, FakeQuantLinear)
+            linears[fqn] = linear
+        return linears
 
 
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, linear_format: Format) -> Tensor:
-        if linear_format == "fp8":
-            return fp8.fake_quantize(x, scale)
-        return nvfp4.fake_quantize(x, scale)
+def _take_gradient(parameter: nn.Parameter) -> Tensor | None:
+    gradient, parameter.grad = parameter.grad, None
+    return None if gradient is None else slice_of(gradient)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+
+def _add_gradient(master: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        gradient = gradient.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+
+def _observed(linear: FakeQuantLinear) -> Tensor:
+    assert linear.observed is not None, "recalibration was not asked for"
+    return linear.observed
+
+
+def _amax(weight: Tensor) -> Tensor:
+    # a process may have no row of a small weight
+    return kernels.amax(weight).cpu() if weight.numel() else torch.zeros(())
 
 
 def _round_weight(weight: Tensor, linear_format: Format, amax: Tensor) -> Tensor:
     if linear_format == "fp8":
         return fp8.fake_quantize(weight, fp8.scale_from_amax(amax))
     return nvfp4.fake_quantize(weight, nvfp4.tensor_scale_from_amax(amax))
-
-
-def _norm_names(model: LanguageModel) -> list[str]:
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.endswith(("norm.weight", "norm_f.weight"))
-    ]

@@ -47,6 +47,13 @@ def check_run(run: Path, teacher: Path) -> Manifest:
     return manifest
 
 
+def teacher_digest(teacher: Path) -> str:
+    """Return one SHA-256 over the hashes of all of a teacher's tensors."""
+    checkpoint = Checkpoint(teacher)
+    lines = "\n".join(f"{name} {checkpoint.sha256(name)}" for name in sorted(checkpoint.tensors))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def _check_unchanged(written: Checkpoint, manifest: Manifest) -> None:
     faults = sorted(written.tensors.keys() ^ manifest.tensors.keys())
     faults += [

@@ -2,43 +2,47 @@
 
     check run -> student, teacher, data -> steps, validating now and then -> best weights -> OUT
 
-Each step: the teacher's vision tower and embeddings make the inputs of both models; the teacher's
-last hidden states, without gradient, are what the student's are compared with (``losses.py``);
-gradients of all batches of the step are summed in FP32; AdamW moves the FP32 masters; the weights
-are rounded again. Method and settings: arXiv 2601.20088.
+Each step: the step's items are packed into rows; the teacher's vision tower and embeddings make the
+inputs of both models (``prepare.py``); the teacher's last hidden states, without gradient, are what
+the student's are compared with (``losses.py``); gradients of all rows, and of all processes, are
+summed in FP32; AdamW moves the FP32 masters; the weights are rounded again. Method and settings:
+arXiv 2601.20088.
 
 The outcome is chosen by the validation loss on held-out items, among the weights of every
 validation and those the run started with: where training helps nothing, the run comes out as it
 went in. Training stops where a number is not finite or the validation loss has grown tenfold.
 
-One process and one device. Not done: sharding over devices, packing several items in a row,
-recomputation of activations.
+Several processes share the items of each step. Either each holds the whole training state, or
+(``shard``) a slice of it. The main process alone writes.
 """
 
 import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.data import DistillData, LossBatch
-from nvvl.distill.losses import Rows, chunked_loss
+from nvvl.distill.data import DistillData, ItemBatch
+from nvvl.distill.logits import StoredLogits, logits_identity, require_logits_suffice
+from nvvl.distill.optimize import Optimizer
+from nvvl.distill.prepare import Prepared, Preparer
+from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import LOG_NAME, Standing, StateFolder
 from nvvl.distill.student import Student
-from nvvl.distill.teacher import check_run
+from nvvl.distill.teacher import check_run, teacher_digest
+from nvvl.distill.tensorboard import open_tensorboard
 from nvvl.distill.write import write_bf16, write_quantized
 from nvvl.errors import TrainingError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
-from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
@@ -49,6 +53,8 @@ from nvvl.quantize.targets import list_linears, quantized_only
 
 # (what is shown, steps done, steps in total)
 Progress = Callable[[str, int, int], None]
+
+_T = TypeVar("_T")
 
 # A validation loss this many times the first one is no noise.
 _DIVERGED = 10
@@ -73,6 +79,29 @@ class DistillResult:
     best_step: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a distillation is run, which does not change what it computes.
+
+    Attributes:
+        device: Where both models are: ``cpu`` or ``cuda``.
+        shard: Whether each of several processes holds a slice of the training state.
+        logits: Folder of the teacher's logits, computed before.
+        tensorboard: Folder to write TensorBoard events to.
+        overwrite: Replace earlier outputs, and discard the state of an unfinished run.
+        progress: Called after each step.
+        command: The command line, for the manifest.
+    """
+
+    device: torch.device | str = "cpu"
+    shard: bool = False
+    logits: Path | None = None
+    tensorboard: Path | None = None
+    overwrite: bool = False
+    progress: Progress | None = None
+    command: Sequence[str] = ()
+
+
 def distill(
     run: Path,
     teacher: Path,
@@ -81,11 +110,8 @@ def distill(
     items: CalibrationSet,
     *,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
-) -> DistillResult:
+    execution: Execution | None = None,
+) -> DistillResult | None:
     """Train a run's weights towards their BF16 teacher, and write them in the run's format.
 
     A run that was interrupted goes on from ``OUT.train`` when called again with the same settings.
@@ -97,10 +123,10 @@ def distill(
         recipe: Settings of the training.
         items: What to train and validate on.
         seed: Of the split and order of items.
-        device: Where both models are.
-        overwrite: Replace earlier outputs, and discard the state of an unfinished run.
-        progress: Called after each step.
-        command: The command line, for the manifest.
+        execution: How it is run.
+
+    Returns:
+        What came out; None in a process that is not the main one.
 
     Raises:
         ConfigError: if run and teacher are of different models.
@@ -110,78 +136,51 @@ def distill(
         OutputError: if an output exists, holds another run, or does not fit on the disk.
         KeyboardInterrupt: again, saying how to go on.
     """
+    how = execution or Execution()
     _warn_about_rate(recipe)
     out = out.absolute()
     bf16 = out.with_name(f"{out.name}.bf16")
+    processes = Processes(how.device)
     identity = _identity(run, teacher, recipe, items, seed)
-    with (
-        staged_folder(out, source=run, overwrite=overwrite) as out_partial,
-        staged_folder(bf16, source=teacher, overwrite=overwrite) as bf16_partial,
-    ):
-        trainer = _Trainer(run, teacher, recipe, items, seed, torch.device(device))
+    logits = None
+    if how.logits is not None:
+        require_logits_suffice(recipe)
+        logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
+        identity["logits"] = logits.sha256
+    with ExitStack() as stack:
+        staged = []
+        if processes.is_main:
+            for folder, source in ((out, run), (bf16, teacher)):
+                stage = staged_folder(folder, source=source, overwrite=how.overwrite)
+                staged.append(stack.enter_context(stage))
         state = StateFolder(out.with_name(f"{out.name}.train"), identity)
+        trainer = Trainer(run, teacher, recipe, items, seed, how, processes, state, logits)
         try:
-            standing = trainer.train(state, overwrite=overwrite, progress=progress)
+            standing = trainer.train()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; the last validated step is kept in {state.folder}, and the same "
                 "command goes on from there"
             ) from None
+        if not processes.is_main:
+            return None
         record = identity | {
-            "validation_loss": {"start": standing.start_kl, "written": standing.best_kl},
+            "validation_loss": {"start": standing.start_loss, "written": standing.best_loss},
             "step": standing.best_step,
         }
-        (out_partial / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
-        write_bf16(
-            teacher,
-            bf16_partial,
-            trainer.student.masters,
-            distillation=record,
-            command=command,
-        )
+        weights = state.load_best(trainer.optimizer.weight_shapes())
+        (staged[0] / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
+        write_bf16(teacher, staged[1], weights, distillation=record, command=how.command)
         manifest = write_quantized(
-            bf16_partial, run, out_partial, distillation=record, command=command
+            staged[1], run, staged[0], weights, distillation=record, command=how.command
         )
-    state.discard()
-    return DistillResult(manifest, bf16, standing.start_kl, standing.best_kl, standing.best_step)
+    state.finish()
+    return DistillResult(
+        manifest, bf16, standing.start_loss, standing.best_loss, standing.best_step
+    )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch with everything that does not depend on the student.
-
-    Attributes:
-        item_ids: Of the rows.
-        embeds: (B, T, hidden).
-        padding_mask: (B, T) bool.
-        loss_mask: (B, T) bool, N positions of it True.
-        teacher_hidden: (N, hidden), the teacher's at those positions.
-        targets: (N,) int64, the tokens that come next.
-    """
-
-    item_ids: tuple[str, ...]
-    embeds: Tensor
-    padding_mask: Tensor
-    loss_mask: Tensor
-    teacher_hidden: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> "_Prepared":
-        """Move the tensors."""
-        tensors = [
-            tensor.to(device)
-            for tensor in (
-                self.embeds,
-                self.padding_mask,
-                self.loss_mask,
-                self.teacher_hidden,
-                self.targets,
-            )
-        ]
-        return _Prepared(self.item_ids, *tensors)
-
-
-class _Trainer:
+class Trainer:
     """Teacher, student, optimizer and data of one run."""
 
     def __init__(
@@ -191,54 +190,53 @@ class _Trainer:
         recipe: DistillRecipe,
         items: CalibrationSet,
         seed: int,
-        device: torch.device,
+        how: Execution,
+        processes: Processes,
+        state: StateFolder,
+        logits: StoredLogits | None,
     ) -> None:
-        self.teacher: NemotronNanoVL = load_model(teacher, device=device)
-        formats = quantized_only(
-            read_recipe_formats(run / RECIPE_NAME, list_linears(self.teacher.config))
+        model = load_model(teacher, device=processes.device)
+        formats = quantized_only(read_recipe_formats(run / RECIPE_NAME, list_linears(model.config)))
+        self.student = Student(
+            model,
+            formats,
+            read_amaxes(run / CALIBRATION_NAME, formats),
+            recipe,
+            processes=processes,
+            take_layers=logits is not None,
+            shard=how.shard and processes.count > 1,
         )
-        amaxes = read_amaxes(run / CALIBRATION_NAME, formats)
-        self.student = Student(self.teacher, formats, amaxes, trainable=recipe.trainable)
-        self.optimizer = torch.optim.AdamW(
-            list(self.student.masters.values()),
-            lr=recipe.learning_rate,
-            betas=(0.9, recipe.beta2),
-            weight_decay=recipe.weight_decay,
+        self.optimizer = Optimizer(self.student, recipe, processes)
+        self.data = DistillData(
+            items.items,
+            Processor.from_folder(teacher),
+            recipe,
+            seed=seed,
+            share=(processes.index, processes.count),
+            check=None if logits is None else logits.check,
         )
-        processor = Processor.from_folder(teacher)
-        self.data = DistillData(items.items, processor, recipe, seed=seed)
+        self.prepare = Preparer(model, recipe, device=processes.device, logits=logits)
         self._recipe = recipe
-        self._device = device
-        self._validation: list[_Prepared] = []
+        self._how = how
+        self._processes = processes
+        self._state = state
+        self._validation: list[Prepared] = []
 
-    def train(self, state: StateFolder, *, overwrite: bool, progress: Progress | None) -> Standing:
-        """Train from the state's step to the last, and leave the best weights in the masters."""
-        recipe, masters = self._recipe, self.student.masters
-        if state.open(masters, overwrite=overwrite):
-            standing = state.load(masters, self.optimizer)
-            self.student.refresh()
-            state.trim_log(standing.step)
-        else:
-            loss = self.validate(step=0)
-            standing = Standing(step=0, start_kl=loss, best_kl=loss, best_step=0)
-            state.trim_log(-1)
-            state.log({"step": 0, "validation_loss": loss})
-            state.save(standing, masters, self.optimizer)
-        while standing.step < recipe.num_steps:
-            record = self.step(standing.step)
-            standing.step += 1
-            if standing.step % recipe.validate_every == 0 or standing.step == recipe.num_steps:
-                loss = self.validate(step=standing.step)
-                _require_converging(loss, standing, state)
-                if loss < standing.best_kl:
-                    standing.best_kl, standing.best_step = loss, standing.step
-                record["validation_loss"] = loss
-                state.save(standing, masters, self.optimizer)
-            state.log({"step": standing.step, **record})
-            if progress is not None:
-                progress(_describe(record, standing), standing.step, recipe.num_steps)
-        state.load_best(masters)
-        self.student.refresh()
+    def train(self) -> Standing:
+        """Train from the state's step to the last."""
+        recipe, progress = self._recipe, self._how.progress
+        standing = self._resume() or self._begin()
+        with open_tensorboard(self._events_folder(), standing.step) as events:
+            while standing.step < recipe.num_steps:
+                record = self.step(standing.step)
+                standing.step += 1
+                if standing.step % recipe.validate_every == 0 or standing.step == recipe.num_steps:
+                    record["validation_loss"] = self._validate_and_save(standing)
+                if self._processes.is_main:
+                    self._state.log({"step": standing.step, **record})
+                    events.write(standing.step, record)
+                    if progress is not None:
+                        progress(_describe(record, standing), standing.step, recipe.num_steps)
         return standing
 
     def step(self, step: int) -> dict[str, Any]:
@@ -249,35 +247,38 @@ class _Trainer:
         """
         began = time.perf_counter()
         batches = self.data.training_batches(step)
-        num_rows = sum(int(batch.loss_mask.sum()) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            prepared = self._prepare(batch)
-            loss = self._loss(prepared) * (len(prepared.targets) / num_rows)
-            loss.backward()
+        mine = torch.tensor([_num_rows(batches), sum(batch.num_tokens for batch in batches)])
+        num_rows, num_tokens = self._processes.sum(mine).tolist()
+        losses = torch.zeros(2)
+        for batch, counts in self._in_turns(batches):
+            prepared = self.prepare(batch)
+            share = counts * prepared.num_rows / num_rows
+            scale = self._processes.count if self.student.sliced else 1  # FSDP2 takes the mean
+            loss, of_layers = self.prepare.loss(self.student.backbone, prepared)
+            total = loss if of_layers is None else loss + self._recipe.layer_loss * of_layers
+            (total * (share * scale)).backward()
             self.student.collect_gradients()
-            total += float(loss.detach())
-        masters = self.student.masters.values()
-        norm = float(torch.nn.utils.clip_grad_norm_(masters, self._recipe.max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(norm)):
+            losses += share * torch.stack([loss.detach(), total.detach()]).cpu()
+        self.student.sum_gradients()
+        loss_value, total_value = self._processes.sum(losses).tolist()
+        norm = self.optimizer.gradient_norm()
+        if not (math.isfinite(total_value) and math.isfinite(norm)):
             ids = [item_id for batch in batches for item_id in batch.item_ids]
             raise TrainingError(
-                f"step {step + 1}: loss {total}, gradient norm {norm}; items {', '.join(ids)}; "
-                "the last validated weights are kept in OUT.train; leave out an item that is "
-                "broken, or lower learning_rate"
+                f"step {step + 1}: loss {total_value}, gradient norm {norm}; items "
+                f"{', '.join(ids)}; the last validated weights are kept in {self._state.folder}; "
+                "leave out an item that is broken, or lower learning_rate"
             )
-        rate = self._recipe.learning_rate_at(step)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.student.refresh()
-        return {
-            "loss": total,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "tokens": sum(int(batch.inputs.padding_mask.sum()) for batch in batches),
+        rate = self.optimizer.step(norm)
+        record = {"loss": loss_value, "grad_norm": norm, "learning_rate": rate}
+        if self._recipe.layer_loss:
+            record["loss_with_layers"] = total_value
+        seconds = time.perf_counter() - began
+        return record | {
+            "tokens": num_tokens,
             "loss_tokens": num_rows,
-            "seconds": round(time.perf_counter() - began, 3),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(num_tokens / seconds, 1),
         }
 
     @torch.no_grad()
@@ -290,47 +291,89 @@ class _Trainer:
         if not self._validation:  # the teacher's side never changes: computed once, kept on the CPU
             cpu = torch.device("cpu")
             batches = self.data.validation_batches()
-            self._validation = [self._prepare(batch).to(cpu) for batch in batches]
-        total, num_rows = 0.0, 0
-        for prepared in self._validation:
-            loss = float(self._loss(prepared.to(self._device)))
+            self._validation = [self.prepare(batch).to(cpu) for batch in batches]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for prepared, counts in self._in_turns(self._validation):
+            on_device = prepared.to(self._processes.device)
+            loss = float(self.prepare.loss(self.student.backbone, on_device)[0])
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"validation at step {step}: loss {loss}; items "
                     f"{', '.join(prepared.item_ids)}; leave out an item that is broken, or lower "
                     "learning_rate"
                 )
-            total += loss * len(prepared.targets)
-            num_rows += len(prepared.targets)
+            sums += counts * prepared.num_rows * torch.tensor([loss, 1.0], dtype=torch.float64)
+        total, num_rows = self._processes.sum(sums).tolist()
         return total / num_rows
 
-    @torch.no_grad()
-    def _prepare(self, batch: LossBatch) -> _Prepared:
-        inputs, teacher = batch.inputs, self.teacher
-        input_ids = inputs.input_ids.to(self._device)
-        features = None
-        if len(inputs.pixel_values):
-            features = teacher.encode_images(inputs.pixel_values.to(self._device))
-        embeds = teacher.embed(input_ids, features)
-        padding_mask = inputs.padding_mask.to(self._device)
-        loss_mask = batch.loss_mask.to(self._device)
-        hidden, _ = teacher.language_model.hidden_states(embeds, padding_mask=padding_mask)
-        targets = input_ids.roll(-1, dims=1)[loss_mask]
-        return _Prepared(
-            batch.item_ids, embeds, padding_mask, loss_mask, hidden[loss_mask], targets
-        )
+    def _resume(self) -> Standing | None:
+        """Load the state of an earlier start, if there is one."""
+        sizes = [4 * math.prod(shape) for shape in self.optimizer.weight_shapes().values()]
+        room = (6 + 2 * bool(self._recipe.ema_decay) + self._recipe.keep_best) * sum(sizes)
+        found = 0
+        if self._processes.is_main:
+            found = self._state.open(size_bytes=room, overwrite=self._how.overwrite)
+        if not self._processes.max(torch.tensor(int(found))):
+            return None
+        standing = self._state.standing()
+        shapes = self.optimizer.state_shapes(started=standing.step > 0)
+        self.optimizer.load_state(self._state.load(shapes), num_steps=standing.step)
+        if self._processes.is_main:
+            self._state.trim_log(standing.step)
+        return standing
 
-    def _loss(self, prepared: _Prepared) -> Tensor:
-        hidden, _ = self.student.language_model.hidden_states(
-            prepared.embeds, padding_mask=prepared.padding_mask
-        )
-        head = self.teacher.language_model.lm_head.weight
-        return chunked_loss(
-            self._recipe.loss,
-            Rows(hidden[prepared.loss_mask], head),
-            teacher=Rows(prepared.teacher_hidden, head),
-            targets=prepared.targets,
-        )
+    def _begin(self) -> Standing:
+        loss = self.validate(step=0)
+        standing = Standing(step=0, start_loss=loss)
+        self._save(standing, loss)
+        if self._processes.is_main:
+            self._state.trim_log(-1)
+            self._state.log({"step": 0, "validation_loss": loss})
+        return standing
+
+    def _validate_and_save(self, standing: Standing) -> float:
+        if self._recipe.recalibrate_inputs:
+            self.student.recalibrate()
+        with self.optimizer.averaged():
+            loss = self.validate(step=standing.step)
+            if loss > _DIVERGED * standing.start_loss:
+                raise TrainingError(
+                    f"step {standing.step}: validation loss {loss:.4g} is over {_DIVERGED} times "
+                    f"the {standing.start_loss:.4g} before training; the last good weights are "
+                    f"kept in {self._state.folder}; lower learning_rate and start again with "
+                    "--overwrite"
+                )
+            weights = {n: t.clone() for n, t in self.optimizer.weights().items()}
+        self._save(standing, loss, weights)
+        return loss
+
+    def _save(
+        self, standing: Standing, loss: float, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        is_kept = standing.add(loss, keep=self._recipe.keep_best)
+        state = self.optimizer.state_tensors()  # all processes together
+        weights = self.optimizer.weights() if weights is None else weights
+        if self._processes.is_main:
+            self._state.save(standing, state, weights if is_kept else None)
+        self._processes.wait()
+
+    def _in_turns(self, batches: Sequence[_T]) -> Iterator[tuple[_T, int]]:
+        """Give batches, each with a 1; then the last again with a 0, while others still have some.
+
+        Sliced layers are gathered by all processes together, so all run equally many.
+        """
+        most = len(batches)
+        if self.student.sliced:
+            most = int(self._processes.max(torch.tensor(most)))
+        for turn in range(most):
+            yield batches[min(turn, len(batches) - 1)], int(turn < len(batches))
+
+    def _events_folder(self) -> Path | None:
+        return self._how.tensorboard if self._processes.is_main else None
+
+
+def _num_rows(batches: Sequence[ItemBatch]) -> int:
+    return sum(batch.num_rows for batch in batches)
 
 
 def _warn_about_rate(recipe: DistillRecipe) -> None:
@@ -347,30 +390,18 @@ def _identity(
     run: Path, teacher: Path, recipe: DistillRecipe, items: CalibrationSet, seed: int
 ) -> dict[str, Any]:
     """Check the run, and return what makes two distillations the same one."""
-    manifest = check_run(run, teacher)
+    check_run(run, teacher)
     return {
         "recipe": recipe.to_dict(),
-        "teacher": _digest(f"{name} {sha}" for name, sha in sorted(manifest.source.items())),
+        "teacher": teacher_digest(teacher),
         "run": hashlib.sha256((run / MANIFEST_NAME).read_bytes()).hexdigest(),
         "data": {"set": items.spec, "num_items": len(items.items), "seed": seed},
     }
 
 
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _require_converging(loss: float, standing: Standing, state: StateFolder) -> None:
-    if loss > _DIVERGED * standing.start_kl:
-        raise TrainingError(
-            f"step {standing.step}: validation loss {loss:.4g} is over {_DIVERGED} times the "
-            f"{standing.start_kl:.4g} before training; the last good weights are kept in "
-            f"{state.folder}; lower learning_rate and start again with --overwrite"
-        )
-
-
 def _describe(record: dict[str, Any], standing: Standing) -> str:
     return (
         f"loss {record['loss']:.5f} grad {record['grad_norm']:.3f} "
-        f"validation {standing.start_kl:.5f} -> {standing.best_kl:.5f}"
+        f"{record['tokens_per_second']:.0f} tokens/s "
+        f"validation {standing.start_loss:.5f} -> {standing.best_loss:.5f}"
     )

@@ -10,24 +10,24 @@ The quantized folder is made from the BF16 folder on disk, not from memory.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.errors import OutputError
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.quantize import kernels
-from nvvl.quantize.layout import CALIBRATION_NAME, build_layout
+from nvvl.quantize.layout import build_layout
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
 from nvvl.quantize.pack import (
     Amax,
     pack_linear,
-    read_amaxes,
     require_usable,
     share_qkv,
 )
@@ -39,7 +39,7 @@ from nvvl.quantize.targets import list_linears, quantized_only
 def write_bf16(
     teacher: Path,
     folder: Path,
-    masters: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     *,
     distillation: Mapping[str, Any],
     command: Sequence[str],
@@ -49,8 +49,8 @@ def write_bf16(
     Args:
         teacher: The BF16 checkpoint.
         folder: An empty folder.
-        masters: Trained tensors by name, float32; stored as BF16 values in the dtype the teacher
-            stores.
+        weights: Trained tensors by name, float32; stored as BF16 values in the dtype the teacher
+            stores. What has no tensor's name is not of this checkpoint.
         distillation: For the manifest.
         command: For the manifest.
 
@@ -67,8 +67,8 @@ def write_bf16(
         for spec in layout:
             tensor = checkpoint.load(spec.name)
             source[spec.name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-            if spec.name in masters:
-                tensor = masters[spec.name].detach().cpu().bfloat16().to(tensor.dtype)
+            if spec.name in weights:
+                tensor = weights[spec.name].bfloat16().to(tensor.dtype)
             sha256 = writer.write(spec.name, tensor)
             written[spec.name] = TensorRecord(sha256, spec.dtype, spec.shape)
         writer.finish()
@@ -83,16 +83,18 @@ def write_quantized(
     source: Path,
     run: Path,
     folder: Path,
+    weights: Mapping[str, Tensor],
     *,
     distillation: Mapping[str, Any],
     command: Sequence[str],
 ) -> Manifest:
-    """Pack a BF16 checkpoint with a run's formats and input amax, and its own weight amax.
+    """Pack a BF16 checkpoint with a run's formats, and its own weight amax.
 
     Args:
         source: The trained BF16 checkpoint.
         run: The quantized folder that training started from.
         folder: An empty folder.
+        weights: Give the amax of each quantized input, as ``input_amax.{linear}``.
         distillation: For the manifest.
         command: For the manifest.
 
@@ -102,7 +104,7 @@ def write_quantized(
     """
     checkpoint = Checkpoint(source)
     formats = read_recipe_formats(run / RECIPE_NAME, list_linears(checkpoint.config))
-    amaxes = _amaxes(checkpoint, read_amaxes(run / CALIBRATION_NAME, quantized_only(formats)))
+    amaxes = _amaxes(checkpoint, quantized_only(formats), weights)
     require_usable(amaxes, formats)
     layout = {spec.name: spec for spec in build_layout(checkpoint, formats)}
     hashes, written = {}, {}
@@ -132,11 +134,13 @@ def write_quantized(
     )
 
 
-def _amaxes(checkpoint: Checkpoint, calibrated: Mapping[str, Amax]) -> dict[str, Amax]:
+def _amaxes(
+    checkpoint: Checkpoint, fqns: Iterable[str], weights: Mapping[str, Tensor]
+) -> dict[str, Amax]:
     amaxes = {}
-    for fqn, amax in calibrated.items():
+    for fqn in fqns:
         weight = checkpoint.load(f"{fqn}.weight").to(torch.bfloat16)
-        amaxes[fqn] = Amax(kernels.amax(weight), amax.input)
+        amaxes[fqn] = Amax(kernels.amax(weight), weights.get(f"{INPUT_AMAX}{fqn}"))
     return share_qkv(amaxes)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.packing import Packing
 from nvvl.model.products import Linear, attention
 
 AttentionState = tuple[Tensor, Tensor]
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         *,
         state: AttentionState | None = None,
         padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """Attend from ``x`` (B, T, hidden) to itself and to the state.
 
@@ -42,6 +44,7 @@ class Attention(nn.Module):
             x: normalized hidden states.
             state: (keys, values), each (B, V, S - T, D), of the tokens before.
             padding_mask: (B, S) bool over state and new tokens, True on real tokens.
+            packing: the sequences each row holds; needs a state and a mask of None.
 
         Returns:
             The mixed hidden states (B, T, hidden) and the state with the new tokens appended.
@@ -52,6 +55,9 @@ class Attention(nn.Module):
         if state is not None:
             key = torch.cat([state[0], key], dim=2)  # (B, V, S, D)
             value = torch.cat([state[1], value], dim=2)
+        if packing is not None:
+            y = packed_attention(query, key, value, packing)
+            return self.o_proj(y.transpose(1, 2).flatten(-2)), (key, value)
         mask = causal_mask(query.shape[2], key.shape[2], padding_mask, device=x.device)
         y = attention(
             query,
@@ -62,6 +68,18 @@ class Attention(nn.Module):
             enable_gqa=True,
         )
         return self.o_proj(y.transpose(1, 2).flatten(-2)), (key, value)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    """Attend causally within each sequence of a packed row, (B, H, T, D).
+
+    One call a sequence: a mask would compute, and on some devices hold, T x T scores.
+    """
+    parts = (side.split(list(packing.lengths), dim=2) for side in (query, key, value))
+    outputs = [
+        attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=2)
 
 
 def causal_mask(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.packing import Packing
 from nvvl.model.products import Linear, product_dtype
 
 MambaState = tuple[Tensor, Tensor]
@@ -75,6 +76,7 @@ class Mamba2Mixer(nn.Module):
         *,
         state: MambaState | None = None,
         padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, MambaState]:
         """Mix ``x`` (B, T, hidden) along T.
 
@@ -83,6 +85,7 @@ class Mamba2Mixer(nn.Module):
             state: (conv (B, conv_dim, K - 1), ssm (B, H, P, N) float32) of the tokens before, or
                 None at the start of a sequence.
             padding_mask: (B, T) bool, True on real tokens; padding must be on the left.
+            packing: the sequences each row holds; needs a state of None.
 
         Returns:
             The mixed hidden states (B, T, hidden) and the state after the last token.
@@ -97,7 +100,11 @@ class Mamba2Mixer(nn.Module):
         conv_state = (
             xbc.new_zeros(batch, cfg.conv_dim, cfg.conv_kernel - 1) if state is None else state[0]
         )
-        xbc, conv_state = causal_conv(xbc, self.conv1d.weight, self.conv1d.bias, conv_state)
+        taps, bias = self.conv1d.weight, self.conv1d.bias
+        if packing is None:
+            xbc, conv_state = causal_conv(xbc, taps, bias, conv_state)
+        else:
+            xbc, conv_state = packed_conv(xbc, taps, bias, packing)
         width = cfg.n_groups * cfg.ssm_state_size
         values, b, c = F.silu(xbc).split([cfg.mamba_inner_size, width, width], dim=-1)
 
@@ -115,8 +122,7 @@ class Mamba2Mixer(nn.Module):
             if state is None
             else state[1]
         )
-        scan = ssm_step if length == 1 else ssm_scan
-        y, ssm_state = scan(
+        arguments = (
             values.unflatten(-1, (cfg.mamba_num_heads, -1)),  # (B, T, H, P)
             dt,
             -torch.exp(self.A_log.float()),
@@ -124,8 +130,12 @@ class Mamba2Mixer(nn.Module):
             c.unflatten(-1, (cfg.n_groups, -1)),
             self.D.float(),
             ssm_state,
-            chunk_size=cfg.chunk_size,
         )
+        if packing is not None:
+            y, ssm_state = packed_scan(*arguments, chunk_size=cfg.chunk_size, packing=packing)
+        else:
+            scan = ssm_step if length == 1 else ssm_scan
+            y, ssm_state = scan(*arguments, chunk_size=cfg.chunk_size)
         y = self.norm(y.flatten(-2), gate)
         return self.out_proj(y.to(x.dtype)), (conv_state, ssm_state)
 
@@ -162,6 +172,20 @@ def causal_conv(
     return out, window[:, length:].transpose(1, 2).contiguous()
 
 
+def packed_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """Do what `causal_conv` does for each sequence of a packed ``x`` from an empty state.
+
+    K - 1 zeros before each sequence keep the sequences apart.
+    """
+    gap = weight.shape[-1] - 1
+    places = packing.places(gap)
+    spread = _spread(x, places, x.shape[1] + gap * len(packing.lengths))
+    out, state = causal_conv(spread[:, gap:], weight, bias, spread[:, :gap].transpose(1, 2))
+    return out.index_select(1, places - gap), state
+
+
 def ssm_step(
     x: Tensor,
     dt: Tensor,
@@ -194,6 +218,7 @@ def ssm_scan(
     state: Tensor,
     *,
     chunk_size: int,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the Mamba2 recurrence over T tokens in chunks.
 
@@ -210,20 +235,53 @@ def ssm_scan(
         d: (H,) float32.
         state: (B, H, P, N) float32, before the first token.
         chunk_size: Q; any value gives the same result up to rounding.
+        keep: (C,) float32 for T of whole chunks, 0 where the state is set to zero before a chunk,
+            1 elsewhere; chunks are those of `chunk_length`.
 
     Returns:
         y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
     """
-    chunk = chunk_size if x.is_cuda else min(chunk_size, CPU_CHUNK_SIZE)
+    chunk = chunk_length(chunk_size, x.device)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:
-        return scan_chunks(x, dt, a, b, c, d, state, chunk_size=chunk)
+        return scan_chunks(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     outputs = []
-    for x_part, dt_part, b_part, c_part in zip(
-        *(part.split(CPU_SPAN, dim=1) for part in (x, dt, b, c)), strict=True
-    ):
-        y, state = scan_chunks(x_part, dt_part, a, b_part, c_part, d, state, chunk_size=chunk)
+    num_chunks = max(1, CPU_SPAN // chunk)
+    for start in range(0, x.shape[1], num_chunks * chunk):
+        span, first = slice(start, start + num_chunks * chunk), start // chunk
+        span_keep = None if keep is None else keep[first : first + num_chunks]
+        arguments = (x[:, span], dt[:, span], a, b[:, span], c[:, span], d, state)
+        y, state = scan_chunks(*arguments, chunk_size=chunk, keep=span_keep)
         outputs.append(y)
     return torch.cat(outputs, dim=1), state
+
+
+def packed_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    chunk_size: int,
+    packing: Packing,
+) -> tuple[Tensor, Tensor]:
+    """Do what `ssm_scan` does for each sequence of a packed row, from a state of zeros.
+
+    Each sequence begins with a chunk, so that a reset falls between chunks and a sequence gives the
+    same bits wherever it stands. What fills the last chunk of a sequence has a time step of zero.
+    """
+    chunk = chunk_length(chunk_size, x.device)
+    places, keep = packing.align(chunk)
+    x, dt, b, c = (_spread(part, places, len(keep) * chunk) for part in (x, dt, b, c))
+    y, state = ssm_scan(x, dt, a, b, c, d, state, chunk_size=chunk_size, keep=keep)
+    return y.index_select(1, places), state
+
+
+def chunk_length(chunk_size: int, device: torch.device) -> int:
+    """Return the tokens of a chunk: the configured number, or fewer on a CPU."""
+    return chunk_size if device.type == "cuda" else min(chunk_size, CPU_CHUNK_SIZE)
 
 
 def scan_chunks(
@@ -236,6 +294,7 @@ def scan_chunks(
     state: Tensor,
     *,
     chunk_size: int,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `ssm_scan` does, with the chunks as one more batch dimension.
 
@@ -268,6 +327,8 @@ def scan_chunks(
     running = state.unflatten(1, (groups, -1))  # (B, G, J, P, N)
     starts = []
     for index in range(added.shape[1]):
+        if keep is not None:
+            running = running * keep[index]
         starts.append(running.to(dtype))
         running = running * chunk_decay[:, index] + added[:, index]
     rows = torch.stack(starts, dim=1).flatten(3, 4)  # (B, C, G, J P, N)
@@ -277,6 +338,11 @@ def scan_chunks(
     y = d.view(groups, -1, 1) * x + inside.permute(0, 1, 4, 2, 3, 5)  # (B, C, Q, G, J, P)
     y = y + carried.transpose(2, 3) * from_start
     return y.flatten(3, 4).flatten(1, 2)[:, :length], running.flatten(1, 2)
+
+
+def _spread(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Put tokens of (B, T, ...) at places of a row of ``length``, zeros elsewhere."""
+    return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_copy(1, places, x)
 
 
 def _into_chunks(x: Tensor, chunk: int) -> Tensor:

@@ -21,6 +21,7 @@ from nvvl.errors import DataError
 from nvvl.model.attention import Attention
 from nvvl.model.config import LanguageConfig, LayerKind, VLMConfig
 from nvvl.model.mamba2 import Mamba2Mixer
+from nvvl.model.packing import Packing
 from nvvl.model.products import Linear
 from nvvl.model.vision import (
     RMSNorm,
@@ -73,7 +74,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, *, state: None = None, padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: None = None,
+        padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, None]:
         """Transform each token of ``x`` (B, T, hidden); stateless."""
         return self.down_proj(self.act(self.up_proj(x))), None
@@ -96,7 +102,12 @@ class Layer(nn.Module):
         self.mixer = _MIXERS[kind](config)
 
     def forward(
-        self, x: Tensor, *, state: LayerState = None, padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: LayerState = None,
+        padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Transform ``x`` (B, T, hidden).
 
@@ -104,13 +115,16 @@ class Layer(nn.Module):
             x: hidden states.
             state: what this layer returned for the tokens before.
             padding_mask: (B, tokens so far) bool, True on real tokens.
+            packing: the sequences that each row of ``x`` holds; needs a state and a mask of None.
 
         Returns:
             The hidden states after this layer and its state.
         """
         if padding_mask is not None and self.kind == "mamba":
             padding_mask = padding_mask[:, -x.shape[1] :]
-        mixed, state = self.mixer(self.norm(x), state=state, padding_mask=padding_mask)
+        mixed, state = self.mixer(
+            self.norm(x), state=state, padding_mask=padding_mask, packing=packing
+        )
         return x + mixed, state
 
 
@@ -138,6 +152,7 @@ class LanguageModel(nn.Module):
         *,
         state: ModelState | None = None,
         padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Run all layers over ``inputs_embeds`` (B, T, hidden).
 
@@ -145,17 +160,23 @@ class LanguageModel(nn.Module):
             inputs_embeds: embeddings of the new tokens.
             state: the state after the tokens before, or None at the start.
             padding_mask: (B, T) bool of the new tokens, True on real ones; padding is on the left.
+            packing: the sequences that each row holds, each to be run as if it stood alone.
 
         Returns:
             Hidden states after ``norm_f`` (B, T, hidden), and the new state.
+
+        Raises:
+            ValueError: if ``packing`` comes with a state or a mask, or is of another length.
         """
+        if packing is not None:
+            _require_alone(packing, inputs_embeds, state, padding_mask)
         layers = self.backbone.layers
         before = state or ModelState([None] * len(layers))
         mask = _extend_mask(before, inputs_embeds, padding_mask)
         after: list[LayerState] = []
         x = inputs_embeds
         for layer, layer_state in zip(layers, before.layers, strict=True):
-            x, layer_state = layer(x, state=layer_state, padding_mask=mask)
+            x, layer_state = layer(x, state=layer_state, padding_mask=mask, packing=packing)
             after.append(layer_state)
         return self.backbone.norm_f(x), ModelState(after, mask)
 
@@ -247,6 +268,15 @@ class NemotronNanoVL(nn.Module):
         )
         hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         return ModelOutput(self.language_model.lm_head(hidden), state)
+
+
+def _require_alone(
+    packing: Packing, x: Tensor, state: ModelState | None, padding_mask: Tensor | None
+) -> None:
+    if state is not None or padding_mask is not None:
+        raise ValueError("packing: sequences start in it, so no state and no mask can be given")
+    if sum(packing.lengths) != x.shape[1]:
+        raise ValueError(f"packing: {sum(packing.lengths)} tokens, got rows of {x.shape[1]}")
 
 
 def _extend_mask(

@@ -1,5 +1,6 @@
 """A tiny NVFP4 run, its teacher, and items with answers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,22 @@ def make_item(index: int) -> Item:
 def items() -> CalibrationSet:
     made = tuple(make_item(index) for index in range(14))
     return CalibrationSet(items=made, spec="test", num_requested=len(made))
+
+
+@pytest.fixture(scope="session")
+def item_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine pictures with answers, as a user has them."""
+    folder = tmp_path_factory.mktemp("items")
+    lines = []
+    for index in range(9):
+        Image.new("RGB", (32, 32), (25 * index, 0, 0)).save(folder / f"{index}.png")
+        messages = [
+            {"role": "user", "content": "<image>\n" + "the thing " * (1 + index % 4)},
+            {"role": "assistant", "content": f"answer {index}"},
+        ]
+        lines.append(json.dumps({"image": f"{index}.png", "messages": messages}))
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner, Result
 
 from nvvl.cli import app
@@ -15,22 +14,6 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["distill", *(str(argument) for argument in arguments)])
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures with answers."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for index in range(6):
-        Image.new("RGB", (32, 32), (40 * index, 0, 0)).save(folder / f"{index}.png")
-        messages = [
-            {"role": "user", "content": "<image>\nthe thing"},
-            {"role": "assistant", "content": f"answer {index}"},
-        ]
-        lines.append(json.dumps({"image": f"{index}.png", "messages": messages}))
-    (folder / "items.jsonl").write_text("\n".join(lines))
-    return folder
-
-
 @pytest.fixture
 def recipe_file(recipe: DistillRecipe, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
@@ -39,10 +22,10 @@ def recipe_file(recipe: DistillRecipe, tmp_path: Path) -> Path:
 
 
 def test_distill_writes_both_folders(
-    run: Path, tiny_checkpoint: Path, data: Path, recipe_file: Path, tmp_path: Path
+    run: Path, tiny_checkpoint: Path, item_folder: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ["--teacher", tiny_checkpoint, "--data", data, "--recipe", recipe_file]
+    options = ["--teacher", tiny_checkpoint, "--data", item_folder, "--recipe", recipe_file]
     result = invoke(run, *options, "--steps", 2, "--device", "cpu", "-o", out, "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
@@ -71,10 +54,18 @@ def test_error_is_one_line(
 
 
 def test_set_with_nothing_left_to_train_on_is_refused(
-    run: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
+    run: Path, tiny_checkpoint: Path, item_folder: Path, tmp_path: Path
 ) -> None:
     result = invoke(
-        run, "--teacher", tiny_checkpoint, "-o", tmp_path / "out", "--data", data, "--device", "cpu"
+        run,
+        "--teacher",
+        tiny_checkpoint,
+        "-o",
+        tmp_path / "out",
+        "--data",
+        item_folder,
+        "--device",
+        "cpu",
     )
     assert result.exit_code == 2
-    assert "6 items and 128 are kept for validation" in result.stderr.splitlines()[-1]
+    assert "9 items and 128 are kept for validation" in result.stderr.splitlines()[-1]

@@ -8,10 +8,10 @@ import torch
 
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.data import DistillData, loss_mask
+from nvvl.distill.data import DistillData, loss_mask, pack_lengths
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.errors import DataError
-from nvvl.model.processor import Message, Processor, collate
+from nvvl.model.processor import Message, Processor
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def ids_of(data: DistillData, step: int) -> list[str]:
 def test_an_epoch_takes_every_training_item_once(
     items: CalibrationSet, processor: Processor, recipe: DistillRecipe
 ) -> None:
+    recipe = dataclasses.replace(recipe, items_per_step=5)
     data = DistillData(items.items, processor, recipe, seed=0)
     assert len(data.validation) == 4
     assert not set(data.validation) & set(data.training)
-    seen = [item_id for step in range(10) for item_id in ids_of(data, step)]
-    epochs = [seen[start : start + 10] for start in (0, 10, 20)]
-    assert all(len(set(epoch)) == 10 for epoch in epochs[:1])
-    assert sorted(seen) == sorted(f"item {index}" for index in data.training for _ in range(3))
+    everything = sorted(f"item {index}" for index in data.training)
+    for epoch in range(3):  # of two steps
+        assert sorted(ids_of(data, 2 * epoch) + ids_of(data, 2 * epoch + 1)) == everything
 
 
 def test_order_depends_on_seed_and_step_alone(
@@ -53,29 +53,61 @@ def test_batches_keep_to_the_token_bound(
     batches = DistillData(items.items, processor, recipe, seed=0).training_batches(0)
     assert len(batches) > 1
     assert sum(len(batch.item_ids) for batch in batches) == 10
-    for batch in batches:
-        assert batch.inputs.input_ids.numel() <= 160 or len(batch.item_ids) == 1
+    assert all(batch.num_tokens <= 160 or len(batch.item_ids) == 1 for batch in batches)
 
 
-def test_images_and_padding_do_not_count(items: CalibrationSet, processor: Processor) -> None:
-    chosen = [items.items[index] for index in (0, 1)]
-    batch = collate([processor(i.messages, images=i.images) for i in chosen], 0)
-    image = batch.input_ids == processor.config.image_token_id
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([5, 3, 2, 5], [[0, 3], [1, 2]]),
+        ([4, 4, 4], [[0, 1], [2]]),
+        ([30, 1], [[0], [1]]),  # longer than a row
+        ([1] * 25, [list(range(10)), list(range(10, 20)), list(range(20, 25))]),
+        ([], []),
+    ],
+)
+def test_items_are_packed_longest_first(lengths: list[int], rows: list[list[int]]) -> None:
+    assert pack_lengths(lengths, 10) == rows
+
+
+def test_images_do_not_count(items: CalibrationSet, processor: Processor) -> None:
+    item = items.items[0]
+    inputs = processor(item.messages, images=item.images)
+    image = inputs.input_ids == processor.config.image_token_id
     assert image.any()
-    assert not batch.padding_mask.all()
-
-    text = loss_mask(batch, "text", image_token_id=processor.config.image_token_id)
-    assert not text[:, -1].any()
-    assert torch.equal(text[:, :-1], (batch.padding_mask & ~image)[:, :-1])
+    mask = loss_mask(inputs, "text", image_token_id=processor.config.image_token_id)
+    assert not mask[-1]
+    assert torch.equal(mask[:-1], ~image[:-1])
 
 
 def test_answer_positions_are_one_before_the_answer(
     items: CalibrationSet, processor: Processor
 ) -> None:
-    batch = collate([processor(items.items[1].messages)], 0)
-    mask = loss_mask(batch, "answers", image_token_id=processor.config.image_token_id)
-    predicted = batch.input_ids.roll(-1, dims=1)[mask]
-    assert torch.equal(predicted, batch.input_ids[batch.answer_mask])
+    inputs = processor(items.items[1].messages)
+    mask = loss_mask(inputs, "answers", image_token_id=processor.config.image_token_id)
+    predicted = inputs.input_ids.roll(-1)[mask]
+    assert torch.equal(predicted, inputs.input_ids[inputs.answer_mask])
+
+
+def test_processes_share_the_items_of_a_step(
+    items: CalibrationSet, processor: Processor, recipe: DistillRecipe
+) -> None:
+    alone = DistillData(items.items, processor, recipe, seed=3)
+    shares = [
+        DistillData(items.items, processor, recipe, seed=3, share=(index, 2)) for index in (0, 1)
+    ]
+    for step in range(4):
+        together = [item_id for data in shares for item_id in ids_of(data, step)]
+        assert sorted(together) == sorted(ids_of(alone, step))
+    held_out = [i for data in shares for b in data.validation_batches() for i in b.item_ids]
+    assert sorted(held_out) == sorted(i for b in alone.validation_batches() for i in b.item_ids)
+
+
+def test_more_processes_than_items_are_refused(
+    items: CalibrationSet, processor: Processor, recipe: DistillRecipe
+) -> None:
+    with pytest.raises(DataError, match=r"4 processes share the items of a step, and .* has 3"):
+        DistillData(items.items, processor, recipe, seed=0, share=(0, 4))
 
 
 def test_empty_training_split_is_refused(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvvl.distill import losses
-from nvvl.distill.losses import BUFFERS, Rows, chunk_rows, chunked_loss
+from nvvl.distill.losses import BUFFERS, Rows, TopRows, chunk_rows, chunked_loss, take_top
 from nvvl.distill.recipe import Loss
 
 KINDS: list[Loss] = ["kl", "mse", "ce"]
@@ -100,6 +100,57 @@ def test_frozen_head_gets_no_gradient() -> None:
     frozen = Rows(student.hidden, student.head.detach())
     chunked_loss("kl", frozen, teacher=teacher).backward()
     assert frozen.head.grad is None
+
+
+def grouped_kl(student: Rows, top: TopRows) -> Tensor:
+    """The KL of two distributions over the kept tokens and one class of all others."""
+    log_probs = (student.hidden.float() @ student.head.float().T).log_softmax(-1)
+    ours = log_probs.gather(-1, top.tokens)
+    rest = torch.ones_like(log_probs).scatter(-1, top.tokens, 0.0)
+    tail = (log_probs.exp() * rest).sum(-1, keepdim=True).log()
+    theirs = torch.cat([top.log_probs, top.log_tail[:, None]], dim=-1)
+    return F.kl_div(torch.cat([ours, tail], dim=-1), theirs, reduction="batchmean", log_target=True)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 60])
+def test_top_tokens_give_the_kl_of_kept_tokens_and_tail(num_tokens: int) -> None:
+    student, teacher, _ = make_rows(17, 61)
+    top = take_top(teacher.hidden @ teacher.head.T, num_tokens)
+    budget = BUFFERS * 4 * 61 * 5
+    loss = chunked_loss("kl", student, teacher=top, chunk_bytes=budget)
+    (3 * loss).backward()
+    found = (loss.detach(), student.hidden.grad, student.head.grad)
+    student.hidden.grad = student.head.grad = None
+    expected = grouped_kl(student, top)
+    (3 * expected).backward()
+    for one, two in zip(
+        found, (expected.detach(), student.hidden.grad, student.head.grad), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # tails are differences
+
+
+def test_all_tokens_kept_give_the_whole_kl() -> None:
+    student, teacher, targets = make_rows(9, 61)
+    top = take_top(teacher.hidden @ teacher.head.T, 100)
+    assert top.tokens.shape == (9, 61)
+    assert torch.isneginf(top.log_tail).all()
+    loss = chunked_loss("kl", student, teacher=top)
+    loss.backward()
+    assert student.hidden.grad is not None
+    assert student.hidden.grad.isfinite().all()
+    torch.testing.assert_close(
+        loss, whole_loss("kl", student, teacher, targets), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_fewer_tokens_never_give_a_larger_kl() -> None:
+    student, teacher, _ = make_rows(17, 61)
+    logits = teacher.hidden @ teacher.head.T
+    losses = [
+        float(chunked_loss("kl", student, teacher=take_top(logits, k)).detach())
+        for k in (1, 4, 16, 61)
+    ]
+    assert losses == sorted(losses)
 
 
 class LiveMemory(TorchDispatchMode):

@@ -13,82 +13,95 @@ from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.safetensors_io import read_header, read_tensor
 
 IDENTITY = {"recipe": {"name": "x"}, "teacher": "abc"}
+SHAPES = {"a.weight": (4, 3), "b.weight": (3,)}
 
 
-def make_masters(fill: float = 1.0) -> dict[str, Tensor]:
-    return {
-        "a.weight": torch.full((4, 3), fill).requires_grad_(),
-        "b.weight": torch.full((3,), -fill).requires_grad_(),
-    }
+def make_tensors(fill: float = 1.0) -> dict[str, Tensor]:
+    return {name: torch.full(shape, fill) for name, shape in SHAPES.items()}
 
 
-def train(masters: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for step in range(steps):
-        for master in masters.values():
-            master.grad = torch.full_like(master, 0.1 * (step + 1))
-        optimizer.step()
-
-
-def save(folder: Path) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    masters = make_masters()
-    optimizer = torch.optim.AdamW(masters.values())
-    train(masters, optimizer, 3)
+def save(folder: Path) -> StateFolder:
     state = StateFolder(folder, IDENTITY)
-    assert state.open(masters, overwrite=False) is False
-    state.save(Standing(3, 2.0, 1.0, 3), masters, optimizer)
-    return masters, optimizer
+    assert state.open(size_bytes=10, overwrite=False) is False
+    state.save(Standing(3, 2.0, [(1.0, 3)]), make_tensors(), make_tensors(7.0))
+    return state
 
 
-def test_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    masters, optimizer = save(tmp_path / "s")
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
+    save(tmp_path / "s")
     state = StateFolder(tmp_path / "s", IDENTITY)
-    loaded = make_masters(9.0)
-    other = torch.optim.AdamW(loaded.values())
-    assert state.open(loaded, overwrite=False) is True
-    assert state.load(loaded, other) == Standing(3, 2.0, 1.0, 3)
-    train(masters, optimizer, 2)
-    train(loaded, other, 2)
-    assert all(torch.equal(masters[name], loaded[name]) for name in masters)
+    assert state.open(size_bytes=10, overwrite=False) is True
+    assert state.standing() == Standing(3, 2.0, [(1.0, 3)])
+    loaded, best = state.load(SHAPES), state.load_best(SHAPES)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in make_tensors().items())
+    assert all(torch.equal(best[name], tensor) for name, tensor in make_tensors(7.0).items())
 
 
 def test_best_weights_outlive_later_saves(tmp_path: Path) -> None:
-    masters, optimizer = save(tmp_path / "s")
-    best = {name: master.detach().clone() for name, master in masters.items()}
-    train(masters, optimizer, 2)
-    state = StateFolder(tmp_path / "s", IDENTITY)
-    state.save(Standing(5, 2.0, 1.0, 3), masters, optimizer)
-    state.load_best(masters)
-    assert all(torch.equal(masters[name], best[name]) for name in best)
-    assert sorted(path.name for path in state.folder.iterdir()) == [
+    state = save(tmp_path / "s")
+    state.save(Standing(5, 2.0, [(1.0, 3)]), make_tensors(2.0), None)
+    assert float(state.load_best(SHAPES)["a.weight"][0, 0]) == 7.0
+    assert names(state.folder) == [
         "best-000003.safetensors",
         "state.json",
         "step-000005.safetensors",
     ]
 
 
+def test_only_the_best_k_are_kept(tmp_path: Path) -> None:
+    state = StateFolder(tmp_path / "s", IDENTITY)
+    state.open(size_bytes=10, overwrite=False)
+    standing = Standing(0, 5.0)
+    for step, loss in enumerate([5.0, 3.0, 4.0, 6.0, 3.0, 2.0]):
+        standing.step = step
+        kept = standing.add(loss, keep=3)
+        state.save(standing, make_tensors(), make_tensors(float(step)) if kept else None)
+    assert standing.best == [(2.0, 5), (3.0, 1), (3.0, 4)]
+    assert [name for name in names(state.folder) if name.startswith("best")] == [
+        f"best-00000{step}.safetensors" for step in (1, 4, 5)
+    ]
+    assert float(state.load_best(SHAPES)["b.weight"][0]) == 5
+    assert float(state.load_best(SHAPES, step=4)["b.weight"][0]) == 4
+    with pytest.raises(CheckpointError, match=r"no weights of step 2 are kept; there are .* 5, 1"):
+        state.load_best(SHAPES, step=2)
+
+    state.finish()
+    assert "step-000005.safetensors" not in names(state.folder)
+    assert float(state.load_best(SHAPES, step=1)["b.weight"][0]) == 1
+
+
+def test_finished_run_with_one_best_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "s").finish()
+    assert not (tmp_path / "s").exists()
+
+
 def test_changed_file_is_refused(tmp_path: Path) -> None:
-    masters, optimizer = save(tmp_path / "s")
+    state = save(tmp_path / "s")
     path = tmp_path / "s" / "step-000003.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="missing or changed"):
-        StateFolder(tmp_path / "s", IDENTITY).load(masters, optimizer)
+        state.load(SHAPES)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exp_avg.b.weight": None}, r"exp_avg\.b\.weight is missing"),
-        ({"master.c.weight": torch.zeros(1)}, r"master\.c\.weight is unexpected"),
-        ({"master.b.weight": torch.zeros(4)}, r"required float32 \(3,\)"),
-        ({"master.b.weight": torch.zeros(3).double()}, "required float32"),
+        ({"b.weight": None}, r"b\.weight is missing"),
+        ({"c.weight": torch.zeros(1)}, r"c\.weight is unexpected"),
+        ({"b.weight": torch.zeros(4)}, r"required float32 \(3,\)"),
+        ({"b.weight": torch.zeros(3).double()}, "required float32"),
     ],
 )
 def test_every_tensor_must_fit(
     change: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
-    masters, optimizer = save(tmp_path / "s")
+    state = save(tmp_path / "s")
     path = tmp_path / "s" / "step-000003.safetensors"
     tensors = {name: read_tensor(info) for name, info in read_header(path).items()}
     for name, tensor in change.items():
@@ -98,15 +111,15 @@ def test_every_tensor_must_fit(
     write_safetensors(path, tensors)
     _accept_files(tmp_path / "s")
     with pytest.raises(CheckpointError, match=message):
-        StateFolder(tmp_path / "s", IDENTITY).load(masters, optimizer)
+        state.load(SHAPES)
 
 
 def test_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
-    masters, _ = save(tmp_path / "s")
+    save(tmp_path / "s")
     other = StateFolder(tmp_path / "s", IDENTITY | {"teacher": "def"})
     with pytest.raises(OutputError, match="holds a run with another teacher"):
-        other.open(masters, overwrite=False)
-    assert other.open(masters, overwrite=True) is False
+        other.open(size_bytes=10, overwrite=False)
+    assert other.open(size_bytes=10, overwrite=True) is False
 
 
 def test_discard_leaves_what_is_not_its_own(tmp_path: Path) -> None:
@@ -120,14 +133,14 @@ def test_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest.M
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("nvvl.distill.state.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="needs 420 bytes, the disk has 10 free"):
-        StateFolder(tmp_path / "s", IDENTITY).open(make_masters(), overwrite=False)
+        StateFolder(tmp_path / "s", IDENTITY).open(size_bytes=420, overwrite=False)
 
 
 def test_unreadable_state_is_refused(tmp_path: Path) -> None:
-    masters, _ = save(tmp_path / "s")
+    state = save(tmp_path / "s")
     (tmp_path / "s" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a training state of nvvl"):
-        StateFolder(tmp_path / "s", IDENTITY).open(masters, overwrite=False)
+        state.open(size_bytes=10, overwrite=False)
 
 
 def _accept_files(folder: Path) -> None:

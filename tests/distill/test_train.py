@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill import train
+from nvvl.distill import prepare
 from nvvl.distill.losses import chunked_loss
+from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.train import DistillResult, distill
+from nvvl.distill.state import StateFolder
+from nvvl.distill.train import DistillResult, Execution, Trainer, distill
 from nvvl.errors import OutputError, TrainingError
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.quantize.manifest import Manifest
+
+NVVL = Execution(command=["nvvl"])
 
 
 class Killed(Exception):
@@ -26,7 +30,7 @@ class Killed(Exception):
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of the log, without times."""
     lines = (folder / "distill_log.jsonl").read_text().splitlines()
-    return [json.loads(line) | {"seconds": 0} for line in lines]
+    return [json.loads(line) | {"seconds": 0, "tokens_per_second": 0} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, DistillResult]:
     out = tmp_path_factory.mktemp("distilled") / "out"
-    return out, distill(run, tiny_checkpoint, out, recipe, items, command=["nvvl"])
+    result = distill(run, tiny_checkpoint, out, recipe, items, execution=NVVL)
+    assert result is not None
+    return out, result
 
 
 def test_validation_loss_falls_and_the_best_is_written(
@@ -102,19 +108,13 @@ def test_killed_run_goes_on_to_the_same_bits(
             raise Killed
 
     out = tmp_path / "out"
+    execution = dataclasses.replace(NVVL, progress=kill)
     with pytest.raises(Killed):
-        distill(run, tiny_checkpoint, out, recipe, items, progress=kill, command=["nvvl"])
+        distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert not out.exists()
     steps: list[int] = []
-    distill(
-        run,
-        tiny_checkpoint,
-        out,
-        recipe,
-        items,
-        progress=lambda _stage, done, _total: steps.append(done),
-        command=["nvvl"],
-    )
+    execution = dataclasses.replace(NVVL, progress=lambda _stage, done, _all: steps.append(done))
+    distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert steps == list(range(11, 21))
     for name in ("model.safetensors", "calibration.safetensors"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
@@ -139,7 +139,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
         calls += loss.requires_grad
         return loss * float("nan") if calls > 6 else loss
 
-    monkeypatch.setattr(train, "chunked_loss", spoiled)
+    monkeypatch.setattr(prepare, "chunked_loss", spoiled)
     with pytest.raises(TrainingError, match=r"^step [345]: loss nan.*items item \d+, item \d+"):
         distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
     state = json.loads((tmp_path / "out.train" / "state.json").read_text())
@@ -177,9 +177,10 @@ def test_rate_above_the_safe_one_warns_with_the_reason(
 
 
 def test_weights_are_rounded_once_a_step(
-    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
 ) -> None:
-    trainer = train._Trainer(run, tiny_checkpoint, recipe, items, 0, torch.device("cpu"))
+    state = StateFolder(tmp_path / "out.train", {})
+    trainer = Trainer(run, tiny_checkpoint, recipe, items, 0, NVVL, Processes("cpu"), state, None)
     before = trainer.student.num_refreshes
     assert len(trainer.data.training_batches(0)) > 1
     trainer.step(0)

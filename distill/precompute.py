@@ -1,0 +1,78 @@
+"""Runs the teacher over a set once and keeps its logits (``logits.py``)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.data import DistillData
+from nvvl.distill.logits import LogitsWriter, logits_identity, require_logits_suffice
+from nvvl.distill.prepare import Preparer
+from nvvl.distill.recipe import DistillRecipe
+from nvvl.model.load import load_model
+from nvvl.model.processor import Processor
+from nvvl.quantize.staging import staged_folder
+
+Progress = Callable[[str, int, int], None]
+
+# Items that are made ready together: enough to fill rows, few enough to hold their pixels.
+_GROUP = 16
+
+
+def precompute_logits(
+    teacher: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    out: Path,
+    *,
+    num_tokens: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write the teacher's most likely tokens at every position of a set that counts.
+
+    Args:
+        teacher: The BF16 checkpoint.
+        items: All of them, those for validation included.
+        recipe: Says which positions count and what EVS drops.
+        out: The folder to make.
+        num_tokens: Kept of each position.
+        seed: Of the split, which is only checked here.
+        device: Where the teacher runs.
+        overwrite: Replace an earlier output.
+        progress: Called after each group of items.
+
+    Returns:
+        Positions written.
+
+    Raises:
+        RecipeError: if the recipe needs more of the teacher than its logits.
+        DataError: if an item cannot be used.
+        OutputError: if ``out`` exists, or the disk is full.
+    """
+    require_logits_suffice(recipe)
+    with staged_folder(out, source=teacher, overwrite=overwrite) as folder, torch.no_grad():
+        device = torch.device(device)
+        model = load_model(teacher, device=device)
+        data = DistillData(items.items, Processor.from_folder(teacher), recipe, seed=seed)
+        prepare = Preparer(model, recipe, device=device)
+        head = model.language_model.lm_head.weight
+        identity = logits_identity(teacher, recipe, items)
+        writer = LogitsWriter(folder, identity, num_tokens=num_tokens)
+        num_rows, num_items = 0, len(items.items)
+        for start in range(0, num_items, _GROUP):
+            for batch in data.pack(range(start, min(start + _GROUP, num_items))):
+                prepared = prepare(batch)
+                assert isinstance(prepared.teacher, torch.Tensor)
+                sizes = [int(mask.sum()) for mask in batch.loss_masks]
+                parts = zip(batch.indices, prepared.teacher.split(sizes), strict=True)
+                for index, hidden in parts:
+                    writer.add(items.items[index], hidden, head)
+                    num_rows += len(hidden)
+            if progress is not None:
+                progress("teacher", min(start + _GROUP, num_items), num_items)
+        writer.finish()
+    return num_rows

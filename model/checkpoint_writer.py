@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ class CheckpointWriter:
         }
         self._files: dict[Path, BinaryIO] = {}
         self.written: set[str] = set()
-        with _explain_os_errors(self._folder, self.files_bytes()):
+        with explain_os_errors(self._folder, self.files_bytes()):
             self._folder.mkdir(parents=True, exist_ok=True)
             kept = [self._reopen(shard) for shard in self._shards] if resume is not None else []
             self._require_space()
@@ -171,12 +171,13 @@ class CheckpointWriter:
         """Return the exact size on disk of all files, index included."""
         return files_bytes(self._shards)
 
-    def write(self, name: str, tensor: "torch.Tensor") -> str:
+    def write(self, name: str, tensor: "torch.Tensor", *, sha256: str | None = None) -> str:
         """Write one tensor at its place.
 
         Args:
             name: A name of the layout that is not written yet.
             tensor: Any device and strides; dtype and shape as in the layout.
+            sha256: Of the tensor's bytes where it is known already; None hashes them.
 
         Returns:
             SHA-256 of the bytes in hex.
@@ -185,21 +186,54 @@ class CheckpointWriter:
             ValueError: if the name is unknown or written already, or dtype or shape differ.
             OutputError: if the disk is full.
         """
-        info = self._places.get(name)
-        if info is None:
-            raise ValueError(f"{name}: not in the layout of this checkpoint")
-        if name in self.written:
-            raise ValueError(f"{name}: written already")
+        info = self._place_of(name)
         got = (dtype_name(tensor.dtype), tuple(tensor.shape))
         if got != (info.dtype, info.shape):
             raise ValueError(
                 f"{name}: required {info.dtype} of shape {info.shape}, got {got[0]} of {got[1]}"
             )
         data = tensor_bytes(tensor)
-        with _explain_os_errors(info.file, info.nbytes):
+        with explain_os_errors(info.file, info.nbytes):
             _write_at(self._files[info.file], info.start, data)
         self.written.add(name)
-        return hashlib.sha256(data).hexdigest()
+        return sha256 or hashlib.sha256(data).hexdigest()
+
+    def write_pieces(self, name: str, pieces: "Iterable[torch.Tensor]") -> str:
+        """Write one tensor that comes as flat pieces, in order.
+
+        Args:
+            name: A name of the layout that is not written yet.
+            pieces: Of the layout's dtype; together as many elements as the layout says.
+
+        Returns:
+            SHA-256 of the bytes in hex.
+
+        Raises:
+            ValueError: if the name is unknown or written already, or the pieces do not fit.
+            OutputError: if the disk is full.
+        """
+        info = self._place_of(name)
+        digest, place = hashlib.sha256(), info.start
+        for piece in pieces:
+            data = tensor_bytes(piece)
+            if dtype_name(piece.dtype) != info.dtype or place + len(data) > info.end:
+                raise ValueError(f"{name}: a piece has another dtype, or is too long")
+            with explain_os_errors(info.file, info.end - place):
+                _write_at(self._files[info.file], place, data)
+            digest.update(data)
+            place += len(data)
+        if place != info.end:
+            raise ValueError(f"{name}: the pieces end {info.end - place} bytes early")
+        self.written.add(name)
+        return digest.hexdigest()
+
+    def _place_of(self, name: str) -> TensorInfo:
+        info = self._places.get(name)
+        if info is None:
+            raise ValueError(f"{name}: not in the layout of this checkpoint")
+        if name in self.written:
+            raise ValueError(f"{name}: written already")
+        return info
 
     def finish(self) -> None:
         """Give the files their names, and write the index.
@@ -212,7 +246,7 @@ class CheckpointWriter:
         if missing:
             raise ValueError(f"{len(missing)} tensors were not written: {', '.join(missing)}")
         index = _encode_index(self._shards)
-        with _explain_os_errors(self._folder, len(index)):
+        with explain_os_errors(self._folder, len(index)):
             for file in self._files.values():
                 os.fsync(file.fileno())
             self.close()
@@ -274,7 +308,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None
     specs = [TensorSpec(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()]
     header = encode_header(specs, _METADATA)
     partial = path.with_name(path.name + ".partial")
-    with _explain_os_errors(path, len(header) + sum(spec.nbytes for spec in specs)):
+    with explain_os_errors(path, len(header) + sum(spec.nbytes for spec in specs)):
         with partial.open("wb") as file:
             file.write(header)
             for tensor in tensors.values():
@@ -314,7 +348,8 @@ def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
 
 
 @contextmanager
-def _explain_os_errors(path: Path, required: int) -> Iterator[None]:
+def explain_os_errors(path: Path, required: int) -> Iterator[None]:
+    """Turn what the system says about a file into an `OutputError` that says what is missing."""
     try:
         yield
     except OSError as error:

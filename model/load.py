@@ -10,6 +10,7 @@ BF16 (F16, F32) folders only; quantized ones are read by ``nvvl.quantize.load``.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,18 @@ from nvvl.model.vlm import NemotronNanoVL
 _KEEP_STORED_DTYPE = ("A_log", "D", "dt_bias")
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class TensorSource(Protocol):
+    """Where `materialize` takes tensors from: a `Checkpoint`, or what was read of one before."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Return the header entry of one tensor."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """Return one tensor in the dtype it is stored in."""
+        ...
 
 
 def expected_tensors(config: VLMConfig) -> dict[str, tuple[int, ...]]:
@@ -85,7 +98,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
 def materialize(
     module: nn.Module,
     prefix: str,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -115,7 +128,7 @@ def materialize(
             setattr(owner, leaf, checkpoint.load(info.name).to(device))
 
 
-def _load_weight(checkpoint: Checkpoint, name: str, placeholder: Tensor) -> Tensor:
+def _load_weight(checkpoint: TensorSource, name: str, placeholder: Tensor) -> Tensor:
     info = checkpoint.info(name)
     _require_shape(info, placeholder)
     if info.dtype not in _FLOATS:

@@ -14,8 +14,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,16 +158,70 @@ def read_tensor(info: TensorInfo) -> "torch.Tensor":
     # read, not mapped: a file cut short under us is an error here, and a crash in a mapping
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.start)
-        view, done = data.numpy().data, 0
-        while done < info.nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(
-                    f"{info.file}: {info.name}: the file ends after {info.start + done} bytes, "
-                    f"required {info.end}; it changed while it was read, download it again"
-                )
-            done += count
+        _fill(data, file, info, 0)
     return data.view(torch_dtypes()[info.dtype]).reshape(info.shape)
+
+
+def read_pieces(info: TensorInfo, piece_bytes: int) -> "Iterator[torch.Tensor]":
+    """Read one tensor as flat pieces, in order, for those who need not hold it whole.
+
+    Args:
+        info: Which tensor.
+        piece_bytes: Most bytes of a piece, a multiple of every dtype's size.
+
+    Yields:
+        (elements,) in the dtype it is stored in; all pieces share one buffer, so each is valid
+        until the next one is asked for.
+
+    Raises:
+        CheckpointError: if the file became shorter since its header was read.
+    """
+    import torch
+
+    buffer = torch.empty(min(piece_bytes, info.nbytes), dtype=torch.uint8)
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        for done in range(0, info.nbytes, piece_bytes):
+            piece = buffer[: info.nbytes - done]
+            _fill(piece, file, info, done)
+            yield piece.view(torch_dtypes()[info.dtype])
+
+
+def read_rows(info: TensorInfo, rows: Sequence[int]) -> "torch.Tensor":
+    """Read some rows of a matrix, and nothing else of it.
+
+    Args:
+        info: A matrix (N, K).
+        rows: Indices below N.
+
+    Returns:
+        (len(rows), K) in the dtype it is stored in.
+
+    Raises:
+        CheckpointError: if the file became shorter since its header was read.
+    """
+    import torch
+
+    row_bytes = info.nbytes // info.shape[0]
+    data = torch.empty((len(rows), row_bytes), dtype=torch.uint8)
+    with info.file.open("rb", buffering=0) as file:
+        for place, row in enumerate(rows):
+            file.seek(info.start + row * row_bytes)
+            _fill(data[place], file, info, row * row_bytes)
+    return data.view(torch_dtypes()[info.dtype])
+
+
+def _fill(data: "torch.Tensor", file: FileIO, info: TensorInfo, done: int) -> None:
+    """Read as many bytes as ``data`` has; ``done`` were read before."""
+    view, filled = data.numpy().data, 0
+    while filled < data.numel():
+        count = file.readinto(view[filled:])
+        if not count:
+            raise CheckpointError(
+                f"{info.file}: {info.name}: the file ends after {info.start + done + filled} "
+                f"bytes, required {info.end}; it changed while it was read, download it again"
+            )
+        filled += count
 
 
 def torch_dtypes() -> dict[str, "torch.dtype"]:

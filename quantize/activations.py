@@ -1,25 +1,36 @@
 """Calibration items carried through the model, one block at a time.
 
 Every item stands alone, unpadded: an amax must not see padding, and a batch of mixed lengths would
-change nothing but the memory. Between blocks an item is a tensor in CPU memory; a block and one
-item at a time are on the device.
+change nothing but the memory. An item is first its tiles (patch tokens of RADIO, nothing for a
+text), then a sequence of embeddings. The steps are those of ``NemotronNanoVL.forward``, cut where a
+block ends, so that the numbers are those of the whole model, bit by bit; only items of more than
+`SPAN_TOKENS` tokens or `SPAN_TILES` tiles go through a block in parts, with the layer's state from
+part to part, which bounds memory and moves sums by rounding.
 
-An item is first its tiles (patch tokens of RADIO, nothing for a text), then a sequence of
-embeddings. The steps are those of ``NemotronNanoVL.forward``, cut where a block ends, so that the
-numbers are those of the whole model, bit by bit.
+Between blocks an item is a tensor in CPU memory as far as the budget allows, and in the spill file
+(`nvvl.quantize.spill`) beyond it; the next item is fetched, and the last one written, while a block
+runs over the one between them. On CUDA items are pinned and copied without waiting.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.errors import CalibrationError, DataError
+from nvvl.errors import CalibrationError, DataError, OutputError
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.spill import Spill, SpillWriter
+
+SPAN_TOKENS = 2048
+SPAN_TILES = 4
 
 Tick = Callable[[], None]
+# in memory; the name of a tensor in the spill; or nothing yet, as of a text in the vision tower
+_Hidden = Tensor | str | None
 
 
 class Activations:
@@ -30,7 +41,13 @@ class Activations:
     """
 
     def __init__(
-        self, items: Sequence[Item], processor: Processor, *, device: torch.device, tick: Tick
+        self,
+        items: Sequence[Item],
+        processor: Processor,
+        *,
+        device: torch.device,
+        tick: Tick,
+        budget_bytes: int | None = None,
     ) -> None:
         """Take the items; nothing is read from them yet.
 
@@ -39,38 +56,66 @@ class Activations:
             processor: The model's own.
             device: Where blocks run.
             tick: Called once for each item that a block has run over.
+            budget_bytes: Most bytes of items in memory; None sets no limit.
         """
         self.records: list[tuple[str, str]] = []
         self._items = items
         self._processor = processor
         self._device = device
         self._tick = tick
+        self._budget = float("inf") if budget_bytes is None else budget_bytes
         self._input_ids: list[Tensor] = []
-        self._hidden: list[Tensor | None] = []
+        self._hidden: list[_Hidden] = []
+        self._spill: Spill | None = None
+        self._writer: SpillWriter | None = None
+        self._room = 0
+        self._in_memory = 0
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the items as they are now."""
-        return sum(hidden.nbytes for hidden in self._hidden if hidden is not None)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return what the items are now, by names that `restore` knows."""
-        tensors = {f"ids.{index}": ids for index, ids in enumerate(self._input_ids)}
-        for index, hidden in enumerate(self._hidden):
-            if hidden is not None:
-                tensors[f"hidden.{index}"] = hidden
-        return tensors
-
-    def restore(self, tensors: Mapping[str, Tensor], records: Sequence[tuple[str, str]]) -> None:
-        """Take up the items where `to_tensors` left them.
+    def restore(self, spill: Spill, records: Sequence[tuple[str, str]]) -> None:
+        """Take up the items where `run_block` left them.
 
         Args:
-            tensors: What it returned.
+            spill: What it wrote.
             records: (id, SHA-256) of each item, in order.
         """
         self.records = list(records)
-        self._input_ids = [tensors[f"ids.{index}"] for index in range(len(records))]
-        self._hidden = [tensors.get(f"hidden.{index}") for index in range(len(records))]
+        self._input_ids = [spill.load(f"ids.{index}") for index in range(len(records))]
+        self._spill = spill
+        names = spill.names()
+        for index in range(len(records)):
+            name = f"hidden.{index}"
+            if name not in names:
+                self._hidden.append(None)
+            elif self._fits(spill.size_bytes(name)):
+                self._hidden.append(self._keep(spill.load(name)))
+            else:
+                self._hidden.append(name)
+
+    def run_block(self, run: Callable[[], None], path: Path, *, room: int) -> str:
+        """Run one block over the items, and spill what they are after it.
+
+        Args:
+            run: Makes one call of `cut_patches`, `encode`, `project`, `embed` or `run_layer`.
+            path: The file to write; the one of the block before must still be there.
+            room: Bytes it may take on the disk.
+
+        Returns:
+            The hash of the file, or "" where there was no room for it and the items are all in
+            memory.
+
+        Raises:
+            CalibrationError: naming a block and an item that give NaN or Inf.
+            OutputError: if the disk has no room and memory has none either.
+        """
+        self._room = room
+        self._writer = SpillWriter(path, num_tensors=2 * len(self._items))
+        try:
+            run()
+            return self._finish_spill(path)
+        finally:
+            if self._writer is not None:
+                self._writer.abandon()
+                self._writer = None
 
     def cut_patches(self, patch_generator: nn.Module, name: str) -> None:
         """Run the processor, and the first vision block over the tiles of each item.
@@ -85,41 +130,62 @@ class Activations:
             except DataError as error:
                 raise DataError(f"item {item.item_id}: {error}") from None
             self._input_ids.append(inputs.input_ids[None])
+            self._hidden.append(None)
             # pixels of one item at a time: as float32 they are larger than all later activations
-            self._hidden.append(inputs.pixel_values if len(inputs.pixel_values) else None)
-            self._run(index, name, patch_generator)
+            pixels = inputs.pixel_values if len(inputs.pixel_values) else None
+            self._run(index, name, pixels, lambda x: _in_parts(patch_generator, x))
 
     def encode(self, block: nn.Module, name: str) -> None:
         """Run one RADIO block."""
-        self._map(name, block)
+        self._map(name, lambda hidden: _in_parts(block, hidden))
 
     def project(self, model: NemotronNanoVL, name: str) -> None:
         """Turn patch tokens into image embeddings; ``model.mlp1`` has its weights."""
         prefix_tokens = model.config.vision.num_prefix_tokens
-        self._map(name, lambda hidden: model.project(hidden[:, prefix_tokens:]))
+        self._map(name, lambda x: _in_parts(lambda t: model.project(t[:, prefix_tokens:]), x))
 
     def embed(self, model: NemotronNanoVL, name: str) -> None:
-        """Turn ids and image embeddings into sequences; the embedding table has its weights."""
-        for index, features in enumerate(self._hidden):
-            input_ids = self._input_ids[index].to(self._device)
+        """Turn ids and image embeddings into sequences; the embedding table can be asked."""
+        for index, features in self._fetched():
             features = None if features is None else features.to(self._device)
+            input_ids = self._input_ids[index].to(self._device)
             self._store(index, name, model.embed(input_ids, features))
 
     def run_layer(self, layer: nn.Module, name: str) -> None:
         """Run one layer of the language model, which may have quantizers that observe."""
-        self._map(name, lambda hidden: layer(hidden)[0])
+        self._map(name, lambda hidden: _in_spans(layer, hidden))
 
     def _map(self, name: str, run: Callable[[Tensor], Tensor]) -> None:
-        for index in range(len(self._hidden)):
-            self._run(index, name, run)
+        for index, hidden in self._fetched():
+            self._run(index, name, hidden, run)
 
-    def _run(self, index: int, name: str, run: Callable[[Tensor], Tensor]) -> None:
+    def _fetched(self) -> Iterator[tuple[int, Tensor | None]]:
+        """Give each item in turn, with the next one on its way."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+            ahead = pool.submit(self._fetch, 0)
+            for index in range(len(self._hidden)):
+                hidden = ahead.result()
+                if index + 1 < len(self._hidden):
+                    ahead = pool.submit(self._fetch, index + 1)
+                yield index, hidden
+
+    def _fetch(self, index: int) -> Tensor | None:
         hidden = self._hidden[index]
+        if isinstance(hidden, str):
+            assert self._spill is not None
+            hidden = self._spill.load(hidden)
+        if hidden is not None and self._device.type == "cuda":
+            hidden = hidden.pin_memory()
+        return hidden
+
+    def _run(
+        self, index: int, name: str, hidden: Tensor | None, run: Callable[[Tensor], Tensor]
+    ) -> None:
         if hidden is None:
             self._tick()
             return
         try:
-            output = run(hidden.to(self._device))
+            output = run(hidden.to(self._device, non_blocking=True))
         except CalibrationError as error:  # a quantizer inside the block met NaN or Inf
             raise self._not_finite(index, name) from error
         self._store(index, name, output)
@@ -128,11 +194,74 @@ class Activations:
         # extremes carry NaN and Inf along
         if not torch.stack(output.aminmax()).isfinite().all():
             raise self._not_finite(index, name)
-        self._hidden[index] = output.cpu()
+        output = output.cpu()
+        before = self._hidden[index]
+        if isinstance(before, Tensor):
+            self._in_memory -= before.nbytes
+        self._add_to_spill(f"hidden.{index}", output)
+        if self._fits(output.nbytes):
+            self._hidden[index] = self._keep(output)
+        else:
+            self._require_spill()
+            self._hidden[index] = f"hidden.{index}"
         self._tick()
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self._in_memory + num_bytes <= self._budget
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._in_memory += tensor.nbytes
+        return tensor
+
+    def _add_to_spill(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor to the file, or give the file up if the disk has no room for it."""
+        if self._writer is None:
+            return
+        if self._writer.size_bytes + tensor.nbytes <= self._room:
+            self._writer.add(name, tensor)
+            return
+        self._writer.abandon()
+        self._writer = None
+        if any(isinstance(hidden, str) for hidden in self._hidden):
+            self._require_spill()
+
+    def _require_spill(self) -> None:
+        if self._writer is None:
+            raise OutputError(
+                f"calibration items: memory holds {self._budget / 1e9:.2f} GB of them, and beside "
+                f"the output the disk has room for {max(0, self._room)} bytes; make room on the "
+                "disk, give more --memory, or fewer --samples"
+            )
+
+    def _finish_spill(self, path: Path) -> str:
+        for index, ids in enumerate(self._input_ids):
+            self._add_to_spill(f"ids.{index}", ids)
+        if self._writer is None:
+            self._spill = None
+            return ""
+        writer, self._writer = self._writer, None
+        sha256 = writer.close()
+        self._spill = Spill(path)
+        return sha256
 
     def _not_finite(self, index: int, name: str) -> CalibrationError:
         return CalibrationError(
             f"{name}: item {self.records[index][0]} gives NaN or Inf activations; leave it "
             "out, or check the source checkpoint with it"
         )
+
+
+def _in_parts(run: Callable[[Tensor], Tensor], tiles: Tensor) -> Tensor:
+    """Run over a few tiles at a time; they do not see each other."""
+    if len(tiles) <= SPAN_TILES:
+        return run(tiles)
+    return torch.cat([run(part) for part in tiles.split(SPAN_TILES)])
+
+
+def _in_spans(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Run over (1, T, hidden) a span of tokens at a time, with the state that each span leaves."""
+    outputs, state = [], None
+    for span in hidden.split(SPAN_TOKENS, dim=1):
+        output, state = layer(span, state=state)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -35,6 +35,22 @@ _GPU_FLOPS = 150e12
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a run may hold in memory at once.
+
+    Attributes:
+        overlap: Whether the next block is read, and the last one written, while one runs.
+        activation_bytes: Most bytes of calibration items; the rest is on disk. None sets no limit.
+    """
+
+    overlap: bool = True
+    activation_bytes: int | None = None
+
+
+UNLIMITED = Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run will take.
 

@@ -5,7 +5,7 @@ finished block: hashes read and written, amax, and where the activations after i
 flushed to the disk before the next block begins. A torn last line is a block that is done again.
 
 To go on, a run needs what the calibration items are after the last finished block. They are spilled
-to one file after every block where the disk has room for it beside the whole output. A spill that
+to one file during every block where the disk has room for it beside the whole output. A spill that
 is missing or has another hash costs time and nothing else: the finished blocks are then run again
 over the items, without calibrating or packing.
 
@@ -25,14 +25,13 @@ from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.errors import OutputError
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.checkpoint_writer import write_safetensors
-from nvvl.model.safetensors_io import read_header, read_tensor, tensor_bytes
 from nvvl.quantize.manifest import TensorRecord, library_versions
 from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import copied_files
+from nvvl.quantize.spill import Spill, open_spill
 from nvvl.quantize.staging import Stage
 
 _SPILLS = "activations-*.safetensors"
@@ -161,38 +160,31 @@ class Journal:
         """Record a finished block, on the disk when this returns."""
         self._append(record.to_dict())
         self.blocks.append(record)
+        if record.spill:
+            self.drop_spills(before=len(self.blocks))
+
+    def spill_path(self, count: int) -> Path:
+        """Return where the activations after ``count`` blocks are spilled."""
+        return self._stage.root / _SPILLS.replace("*", f"{count:05}")
+
+    def drop_spills(self, *, before: int) -> None:
+        """Remove the activations after fewer blocks than ``before``."""
         for path in self._stage.root.glob(_SPILLS):
-            if record.spill and path != self._spill_path(len(self.blocks)):
+            if path < self.spill_path(before):
                 path.unlink()
 
-    def spill(self, activations: Mapping[str, Tensor]) -> str:
-        """Write the activations after the block that is about to be recorded.
-
-        Returns:
-            What `BlockRecord.spill` holds.
-
-        Raises:
-            OutputError: if the disk is full.
-        """
-        write_safetensors(self._spill_path(len(self.blocks) + 1), activations)
-        return _hash_tensors(activations)
-
-    def read_spill(self) -> tuple[int, dict[str, Tensor]]:
+    def read_spill(self) -> tuple[int, Spill | None]:
         """Return the latest activations that are whole.
 
         Returns:
-            The number of blocks they have been through, 0 if there are none, and the tensors.
+            The number of blocks they have been through, 0 if there are none, and the file.
         """
         for count in range(len(self.blocks), 0, -1):
-            path = self._spill_path(count)
-            if self.blocks[count - 1].spill and path.exists():
-                tensors = _read_tensors(path)
-                if _hash_tensors(tensors) == self.blocks[count - 1].spill:
-                    return count, tensors
-        return 0, {}
-
-    def _spill_path(self, count: int) -> Path:
-        return self._stage.root / _SPILLS.replace("*", f"{count:05}")
+            sha256 = self.blocks[count - 1].spill
+            spill = open_spill(self.spill_path(count), sha256) if sha256 else None
+            if spill is not None:
+                return count, spill
+        return 0, None
 
     def _append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values, ensure_ascii=False) + "\n"
@@ -288,18 +280,3 @@ def _compare_items(found: Sequence[tuple[str, str]], items: Sequence[Item]) -> l
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return {name: read_tensor(info) for name, info in read_header(path).items()}
-    except CheckpointError:
-        return {}  # cut short; its hash then disagrees, and the blocks are run again
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

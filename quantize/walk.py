@@ -7,9 +7,11 @@ travel along as activations (``nvvl.quantize.activations``): each block is run o
 that one run both gives ModelOpt's quantizers their amax and makes the inputs of the next block.
 Weight-only recipes need no items and run nothing.
 
-The output's layout is known before the first weight is read, so tensors go straight to their place
-in the output files. What is not quantized is copied byte for byte in its stored dtype. Weights to
-be quantized are read as BF16, the dtype they are calibrated and served in.
+While one block runs, the next one is read (``nvvl.quantize.blocks``) and the one before is packed
+and written, so memory holds three blocks, or one where it has to (``Limits``). The output's layout
+is known before the first weight is read, so tensors go straight to their place in the output files.
+What is not quantized is copied byte for byte in its stored dtype. Weights to be quantized are read
+as BF16, the dtype they are calibrated and served in.
 
 A finished block is recorded in a journal, so a run that was killed goes on from there to the same
 bytes (``nvvl.quantize.journal``). What the walk writes is not called good here: ``nvvl verify``
@@ -17,12 +19,10 @@ reads it back with other code.
 """
 
 import copy
-import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +30,25 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import CalibrationError, CheckpointError, DataError, OutputError
+from nvvl.errors import CalibrationError, DataError, OutputError
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from nvvl.model.config import VLMConfig
 from nvvl.model.load import check_tensors, expected_tensors, materialize
 from nvvl.model.processor import Processor
-from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import kernels
 from nvvl.quantize.activations import Activations
+from nvvl.quantize.background import Background
+from nvvl.quantize.blocks import (
+    EMBEDDINGS,
+    PATCHES,
+    PROJECTOR,
+    BlockReader,
+    EmbeddingRows,
+    LoadedBlock,
+    finite_pieces,
+    list_blocks,
+)
+from nvvl.quantize.estimate import UNLIMITED, Limits
 from nvvl.quantize.journal import BlockRecord, Journal, describe_run
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
@@ -54,10 +64,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-_PATCHES = "vision_model.radio_model.model.patch_generator"
-_VISION_BLOCKS = "vision_model.radio_model.model.blocks"
-_PROJECTOR = "mlp1"
-_EMBEDDINGS = "language_model.backbone.embeddings"
 _REST = "everything else"
 
 # Left free beside the output: side files, and whatever else the user does meanwhile.
@@ -76,6 +82,7 @@ def quantize_checkpoint(
     stop: Callable[[], bool] | None = None,
     command: Sequence[str] = (),
     from_calibration: Path | None = None,
+    limits: Limits = UNLIMITED,
 ) -> Manifest:
     """Write a quantized copy of a BF16 checkpoint, or go on where a killed run stopped.
 
@@ -92,6 +99,7 @@ def quantize_checkpoint(
         command: The command line, for the manifest.
         from_calibration: The output of a finished run over the same source, whose amax of inputs
             are used in place of ``items``.
+        limits: What of it may be in memory at once; changes no byte of the output.
 
     Returns:
         What was written, as in ``manifest.json``.
@@ -125,7 +133,9 @@ def quantize_checkpoint(
         Journal(stage, identity, used_items, overwrite=overwrite) as journal,
     ):
         with CheckpointWriter(stage.output, layout, resume=journal.digests) as writer:
-            walk = Walk(checkpoint, formats, recipe, layout, writer, device, journal, stored)
+            walk = Walk(
+                checkpoint, formats, recipe, layout, writer, device, journal, stored, limits
+            )
             try:
                 walk.run(used_items, progress=progress, stop=stop)
             except OutputError as error:
@@ -168,6 +178,7 @@ class Walk:
         device: torch.device,
         journal: Journal,
         stored: StoredCalibration | None = None,
+        limits: Limits = UNLIMITED,
     ) -> None:
         self.amaxes: dict[str, Amax] = {}
         self.source_hashes: dict[str, str] = {}
@@ -181,6 +192,7 @@ class Walk:
         self._device = device
         self._journal = journal
         self._stored = stored
+        self._limits = limits
         with torch.device("meta"):
             self._model = NemotronNanoVL(checkpoint.config).eval()
 
@@ -206,22 +218,41 @@ class Walk:
         for record in finished:
             self._restore(record)
         activations = None
+        num_run = num_runs
         if len(finished) < num_runs:
-            processor = Processor.from_folder(self._checkpoint.folder)
-            activations = Activations(items, processor, device=self._device, tick=ticker.tick)
+            activations = self._open_activations(items, ticker)
             num_run = self._catch_up(activations, finished, ticker)
-        else:
-            num_run = num_runs
         ticker.skip(len(finished) + num_run * len(items))
-        for index in range(len(finished), len(blocks)):
-            ticker.stage = blocks[index]
-            self._visit(blocks[index], activations if index < num_runs else None)
-            ticker.tick()
-            if stop is not None and stop():
-                raise KeyboardInterrupt
+        ahead = self._limits.overlap
+        left = blocks[len(finished) :]
+        with (
+            BlockReader(self._checkpoint, left, device=self._device, ahead=ahead) as reader,
+            Background(threaded=ahead) as background,
+        ):
+            for index, name in enumerate(left, start=len(finished)):
+                ticker.stage = name
+                finish = self._visit(
+                    reader.take(name), activations if index < num_runs else None, index
+                )
+                background.submit(finish)
+                ticker.tick()
+                if stop is not None and stop():
+                    background.wait()
+                    raise KeyboardInterrupt
         ticker.stage = _REST
-        self._copy([name for name in self._checkpoint.tensors if name not in self.source_hashes])
+        for name in self._checkpoint.tensors:
+            if name not in self.source_hashes:
+                self._copy_pieces(name)
         ticker.tick()
+
+    def _open_activations(self, items: Sequence[Item], ticker: "_Ticker") -> Activations:
+        return Activations(
+            items,
+            Processor.from_folder(self._checkpoint.folder),
+            device=self._device,
+            tick=ticker.tick,
+            budget_bytes=self._limits.activation_bytes,
+        )
 
     def _restore(self, record: BlockRecord) -> None:
         """Take a finished block from the journal; write again what never reached the disk."""
@@ -232,22 +263,27 @@ class Walk:
         lost = record.written.keys() - self._writer.written
         linears = {fqn for fqn in record.amaxes if any(n.startswith(f"{fqn}.") for n in lost)}
         for fqn in linears:
-            self._pack(fqn, record.amaxes[fqn])
-        self._copy(name for name in lost if name.rpartition(".")[0] not in record.amaxes)
+            self._pack(fqn, record.amaxes[fqn], self._checkpoint.load(f"{fqn}.weight"))
+        for name in lost:
+            if name.rpartition(".")[0] not in record.amaxes:
+                self._copy_pieces(name)
 
     def _catch_up(
         self, activations: Activations, finished: Sequence[BlockRecord], ticker: "_Ticker"
     ) -> int:
         """Bring the items to where the finished blocks leave them; return how many were skipped."""
-        num_run, tensors = self._journal.read_spill()
-        if num_run:
-            activations.restore(tensors, self.items)
-        for record in finished[num_run:]:
-            ticker.stage = record.block
-            if record.block.startswith(LAYERS):
-                activations.run_layer(self._load_layer(record.block), record.block)
-            else:
-                self._run_before_layers(record.block, activations)
+        num_run, spill = self._journal.read_spill()
+        if spill is not None:
+            activations.restore(spill, self.items)
+        names = [record.block for record in finished[num_run:]]
+        with BlockReader(
+            self._checkpoint, names, device=self._device, ahead=self._limits.overlap
+        ) as reader:
+            for count, name in enumerate(names, start=num_run + 1):
+                ticker.stage = name
+                block = reader.take(name)
+                self._run_over(activations, count, partial(self._run_plain, block, activations))
+                self._journal.drop_spills(before=count)
         return num_run
 
     def _num_runs(self, blocks: Sequence[str]) -> int:
@@ -257,143 +293,157 @@ class Walk:
         )
         return blocks.index(f"{LAYERS}.{last}") + 1
 
-    def _visit(self, name: str, activations: Activations | None) -> None:
-        num_hashed, num_written = len(self.source_hashes), len(self.written)
-        amaxes: dict[str, Amax] = {}
-        if name.startswith(LAYERS):
-            amaxes = self._visit_layer(name, activations)
-        elif activations is not None:
-            self._run_before_layers(name, activations)
-        quantized = {f"{fqn}.weight" for fqn in amaxes}
-        self._copy(
-            tensor
-            for tensor in self._checkpoint.tensors
-            if tensor.startswith(f"{name}.") and tensor not in quantized
-        )
-        for fqn, amax in amaxes.items():
-            self._pack(fqn, amax)
-        self.amaxes |= amaxes
-        drawn = activations.records if activations is not None and not self.items else []
-        self.items += drawn
-        record = BlockRecord(
-            block=name,
-            source=dict(islice(self.source_hashes.items(), num_hashed, None)),
-            written=dict(islice(self.written.items(), num_written, None)),
-            amaxes=amaxes,
-            items=drawn,
-            spill=self._spill(activations),
-        )
-        self._journal.append(record)
-
-    def _spill(self, activations: Activations | None) -> str:
-        """Write the items down where they leave room for the rest of the output."""
-        if activations is None:
-            return ""
-        free = shutil.disk_usage(self._journal.folder).free
-        if free < self._writer.bytes_to_come() + activations.size_bytes + _SPARE_BYTES:
-            return ""
-        return self._journal.spill(activations.to_tensors())
-
-    def _run_before_layers(self, name: str, activations: Activations) -> None:
-        with self._weights_of(name) as module:
-            if name == _PATCHES:
-                activations.cut_patches(module, name)
-            elif name == _PROJECTOR:
-                activations.project(self._model, name)
-            elif name == _EMBEDDINGS:
-                activations.embed(self._model, name)
-            else:
-                activations.encode(module, name)
-
-    def _visit_layer(self, name: str, activations: Activations | None) -> dict[str, Amax]:
-        """Run one layer of the language model over the items, and fix its amax."""
-        formats: dict[str, Format] = {}
-        for fqn, linear_format in quantized_only(self._formats).items():
-            if fqn.startswith(f"{name}."):
-                formats[fqn] = linear_format
+    def _visit(
+        self, block: LoadedBlock, activations: Activations | None, index: int
+    ) -> Callable[[], None]:
+        """Run one block and fix its amax; return what writes it and records it as finished."""
+        self._require_calibrated_on(block.sha256)
+        spill, drawn = "", []
         amaxes: dict[str, Amax] = {}
         if activations is None:
-            for fqn, linear_format in formats.items():
-                weight = kernels.amax(self._load_weight(fqn)).cpu()
-                stored = self._stored if linear_format in CALIBRATED_FORMATS else None
-                amaxes[fqn] = Amax(weight, stored.inputs[fqn] if stored else None)
-        elif not formats:
-            activations.run_layer(self._load_layer(name), name)
+            amaxes = self._weight_amaxes(block)
         else:
-            from nvvl.quantize.calibrate import calibrate_block
+            num_drawn = len(activations.records)
 
-            amaxes = calibrate_block(
-                self._load_layer(name),
-                name,
-                formats,
-                algorithm=self._recipe.algorithm,
-                forward_loop=lambda layer: activations.run_layer(layer, name),
-            )
+            def run() -> None:
+                nonlocal amaxes
+                amaxes = self._calibrate(block, activations)
+
+            spill = self._run_over(activations, index + 1, run)
+            drawn = activations.records[num_drawn:]
         amaxes = share_qkv(amaxes)
-        require_usable(amaxes, formats)
-        return amaxes
+        require_usable(amaxes, self._formats)
+        return partial(self._finish, block, amaxes, drawn, spill)
 
-    def _load_layer(self, name: str) -> nn.Module:
-        # a copy, because quantizers replace its linears; it is dropped with its weights
-        layer = copy.deepcopy(self._model.get_submodule(name))
-        materialize(layer, name, self._checkpoint, dtype=torch.bfloat16, device=self._device)
-        return layer
+    def _finish(
+        self,
+        block: LoadedBlock,
+        amaxes: Mapping[str, Amax],
+        drawn: Sequence[tuple[str, str]],
+        spill: str,
+    ) -> None:
+        """Pack and write a block, and record it as finished."""
+        written: dict[str, TensorRecord] = {}
+        source = dict(block.sha256)
+        for name, tensor in block.host.items():
+            fqn = name.removesuffix(".weight")
+            if fqn in amaxes:
+                written |= self._pack(fqn, amaxes[fqn], block.device[name])
+            else:
+                written[name] = self._write(name, tensor, sha256=source[name])
+        if block.name == EMBEDDINGS:
+            name = f"{EMBEDDINGS}.weight"
+            written[name] = self._copy_pieces(name)
+            source[name] = written[name].sha256
+        self.source_hashes |= source
+        self.written |= written
+        self.amaxes |= amaxes
+        self.items += drawn
+        self._journal.append(
+            BlockRecord(
+                block=block.name,
+                source=source,
+                written=written,
+                amaxes=amaxes,
+                items=drawn,
+                spill=spill,
+            )
+        )
 
-    @contextmanager
-    def _weights_of(self, name: str) -> Iterator[nn.Module]:
-        """Give one module of the meta model its weights for a while."""
+    def _run_over(self, activations: Activations, count: int, run: Callable[[], None]) -> str:
+        """Run a block over the items, and write down what they are after ``count`` blocks."""
+        free = shutil.disk_usage(self._journal.folder).free
+        room = free - self._writer.bytes_to_come() - _SPARE_BYTES
+        return activations.run_block(run, self._journal.spill_path(count), room=room)
+
+    def _calibrate(self, block: LoadedBlock, activations: Activations) -> dict[str, Amax]:
+        """Run one block over the items, and find the amax of its quantized linears."""
+        formats = self._formats_of(block)
+        if not formats:
+            self._run_plain(block, activations)
+            return {}
+        from nvvl.quantize.calibrate import calibrate_block
+
+        return calibrate_block(
+            self._fill_layer(block),
+            block.name,
+            formats,
+            algorithm=self._recipe.algorithm,
+            forward_loop=lambda layer: activations.run_layer(layer, block.name),
+        )
+
+    def _run_plain(self, block: LoadedBlock, activations: Activations) -> None:
+        """Run one block over the items; nothing observes."""
+        name = block.name
+        if name.startswith(LAYERS):
+            activations.run_layer(self._fill_layer(block), name)
+            return
+        if name == EMBEDDINGS:
+            # the table stays in its file: the items need few of its rows
+            rows = EmbeddingRows(self._checkpoint.info(f"{EMBEDDINGS}.weight"))
+            self._model.language_model.backbone.embeddings = rows  # type: ignore[assignment]
+            activations.embed(self._model, name)
+            return
         module = self._model.get_submodule(name)
-        materialize(module, name, self._checkpoint, dtype=torch.bfloat16, device=self._device)
-        yield module
+        materialize(module, name, block, dtype=torch.bfloat16, device=self._device)
+        if name == PATCHES:
+            activations.cut_patches(module, name)
+        elif name == PROJECTOR:
+            activations.project(self._model, name)
+        else:
+            activations.encode(module, name)
         module.to("meta")
 
-    def _copy(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._write(name, self._load(name))
+    def _weight_amaxes(self, block: LoadedBlock) -> dict[str, Amax]:
+        """Find the amax of weights alone; those of inputs come from a stored calibration."""
+        amaxes: dict[str, Amax] = {}
+        for fqn, linear_format in self._formats_of(block).items():
+            weight = kernels.amax(block.device[f"{fqn}.weight"].bfloat16()).cpu()
+            stored = self._stored if linear_format in CALIBRATED_FORMATS else None
+            amaxes[fqn] = Amax(weight, stored.inputs[fqn] if stored else None)
+        return amaxes
 
-    def _pack(self, fqn: str, amax: Amax) -> None:
-        for leaf, tensor in pack_linear(self._load_weight(fqn), self._formats[fqn], amax).items():
-            self._write(f"{fqn}.{leaf}", tensor)
+    def _formats_of(self, block: LoadedBlock) -> dict[str, Format]:
+        formats: dict[str, Format] = {}
+        for fqn, linear_format in quantized_only(self._formats).items():
+            if fqn.startswith(f"{block.name}."):
+                formats[fqn] = linear_format
+        return formats
 
-    def _load_weight(self, fqn: str) -> Tensor:
-        return self._load(f"{fqn}.weight").to(device=self._device, dtype=torch.bfloat16)
+    def _fill_layer(self, block: LoadedBlock) -> nn.Module:
+        # a copy, because quantizers replace its linears; it is dropped with its weights
+        layer = copy.deepcopy(self._model.get_submodule(block.name))
+        materialize(layer, block.name, block, dtype=torch.bfloat16, device=self._device)
+        return layer
 
-    def _load(self, name: str) -> Tensor:
-        """Read a source tensor, hash it once, and refuse NaN and Inf."""
-        tensor = self._checkpoint.load(name)
-        if name not in self.source_hashes:
-            self.source_hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-            self._require_calibrated_on(name)
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
-            file = self._checkpoint.info(name).file
-            raise CheckpointError(f"{file}: {name}: holds NaN or Inf; download it again")
-        return tensor
+    def _pack(self, fqn: str, amax: Amax, weight: Tensor) -> dict[str, TensorRecord]:
+        weight = weight.to(device=self._device, dtype=torch.bfloat16)
+        tensors = pack_linear(weight, self._formats[fqn], amax)
+        return {f"{fqn}.{leaf}": self._write(f"{fqn}.{leaf}", t) for leaf, t in tensors.items()}
 
-    def _require_calibrated_on(self, name: str) -> None:
+    def _require_calibrated_on(self, hashes: Mapping[str, str]) -> None:
         stored = self._stored
-        if stored is not None and stored.source.get(name) != self.source_hashes[name]:
-            raise CalibrationError(
-                f"{stored.folder}: was calibrated on another source ({name} differs); calibrate "
-                "again, or give the MODEL it was made from"
-            )
+        for name, sha256 in hashes.items():
+            if stored is not None and stored.source.get(name) != sha256:
+                raise CalibrationError(
+                    f"{stored.folder}: was calibrated on another source ({name} differs); "
+                    "calibrate again, or give the MODEL it was made from"
+                )
 
-    def _write(self, name: str, tensor: Tensor) -> None:
-        if name in self._writer.written:
-            return  # one of a linear's tensors was lost, this one was not
+    def _write(self, name: str, tensor: Tensor, *, sha256: str | None = None) -> TensorRecord:
         spec = self._specs[name]
-        sha256 = self._writer.write(name, tensor)
-        self.written[name] = TensorRecord(sha256, spec.dtype, spec.shape)
+        if name in self._writer.written:  # one of a linear's tensors was lost, this one was not
+            return self.written[name]
+        return TensorRecord(self._writer.write(name, tensor, sha256=sha256), spec.dtype, spec.shape)
 
-
-def list_blocks(config: VLMConfig) -> list[str]:
-    """Return the modules that are read and run one at a time, in the order of the forward."""
-    return [
-        _PATCHES,
-        *(f"{_VISION_BLOCKS}.{index}" for index in range(config.vision.num_layers)),
-        _PROJECTOR,
-        _EMBEDDINGS,
-        *(f"{LAYERS}.{index}" for index in range(len(config.language.layers))),
-    ]
+    def _copy_pieces(self, name: str) -> TensorRecord:
+        """Copy a tensor that is not read whole: one hash says what was read and written."""
+        info = self._checkpoint.info(name)
+        sha256 = self._writer.write_pieces(name, finite_pieces(info))
+        self._require_calibrated_on({name: sha256})
+        self.source_hashes[name] = sha256
+        self.written[name] = TensorRecord(sha256, info.dtype, info.shape)
+        return self.written[name]
 
 
 class _Ticker:

@@ -253,9 +253,9 @@ def test_faulty_spill_costs_a_second_run_of_the_blocks_only(
     written: list[str] = []
     write = CheckpointWriter.write
 
-    def note(writer: CheckpointWriter, name: str, tensor: Tensor) -> str:
+    def note(writer: CheckpointWriter, name: str, tensor: Tensor, **options: Any) -> str:
         written.append(name)
-        return write(writer, name, tensor)
+        return write(writer, name, tensor, **options)
 
     monkeypatch.setattr(CheckpointWriter, "write", note)
     stages = resume(tiny_checkpoint, calibration_set, tmp_path / "out")

@@ -23,7 +23,9 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Refuse before work starts if it takes more, e.g. 6GB."),
+    typer.Option(
+        metavar="SIZE", help="Take no more memory, e.g. 6GB; refused at once if that is too little."
+    ),
 ]
 RecipeOption = Annotated[
     Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")

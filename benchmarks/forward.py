@@ -17,11 +17,9 @@ anything is timed.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ import transformers
 from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from nvvl.benchmarks.machine import describe_machine
 from nvvl.model.config import LanguageConfig
 from nvvl.model.products import has_bf16_units
 from nvvl.model.vlm import LanguageModel
@@ -91,27 +90,6 @@ def timed(call: Callable[[], object]) -> float:
     return clock() - start
 
 
-def describe_machine() -> dict[str, object]:
-    """Say what the figures were measured on, with the load of the minute before."""
-    cpu = "unknown"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "clock": "thread CPU time" if torch.get_num_threads() == 1 else "wall time",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def measure(tokens: int, rounds: int) -> dict[str, object]:
     """Time both models and the matrix product in turn, see the module docstring."""
     ours, stock = make_pair()
@@ -164,7 +142,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = describe_machine() | measure(arguments.tokens, arguments.rounds)
+    clock = "thread CPU time" if torch.get_num_threads() == 1 else "wall time"
+    result = describe_machine() | {"clock": clock, "transformers": transformers.__version__}
+    result |= measure(arguments.tokens, arguments.rounds)
     if arguments.json:
         print(json.dumps(result))
         return

@@ -1,7 +1,7 @@
 """The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export`` and ``nvvl chat``."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,14 +42,15 @@ def plan(
     from nvvl.export.planned import planned_view, summarize_rules
     from nvvl.export.server_rules import check_server_rules
     from nvvl.model.resolve import resolve_model
-    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.estimate import choose_limits, parse_memory
     from nvvl.quantize.plan import make_plan
     from nvvl.quantize.plan_text import plan_lines, plan_table
 
     chosen = choose_recipe(preset, recipe, samples)
     planned = make_plan(resolve_model(model), chosen, device=device)
+    limits = None
     if memory is not None:
-        require_memory(planned.estimate, parse_memory(memory))
+        limits = choose_limits(planned.estimate, parse_memory(memory))
     view = planned_view(
         planned.shards,
         config=planned.json_files["config.json"],
@@ -60,10 +61,11 @@ def plan(
     checks = check_server_rules(view)
     if as_json:
         rules = [check.to_dict() for check in checks]
-        print_json({"model": model, **planned.to_dict(), "server_rules": rules})
+        held = None if limits is None else asdict(limits)
+        print_json({"model": model, **planned.to_dict(), "limits": held, "server_rules": rules})
         return
     print_table(plan_table(planned))
-    print("\n".join(plan_lines(planned)))
+    print("\n".join(plan_lines(planned, limits)))
     for server in ("vLLM", "TensorRT-LLM"):
         print(summarize_rules(server, checks))
 

@@ -23,10 +23,8 @@ from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import CalibrationError, DataError, OutputError
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.estimate import SPAN_TILES, SPAN_TOKENS
 from nvvl.quantize.spill import Spill, SpillWriter
-
-SPAN_TOKENS = 2048
-SPAN_TILES = 4
 
 Tick = Callable[[], None]
 # in memory; the name of a tensor in the spill; or nothing yet, as of a text in the vision tower

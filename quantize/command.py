@@ -62,16 +62,17 @@ def quantize(
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import defer_interrupt, print_json, show_progress
     from nvvl.model.load import resolve_model
-    from nvvl.quantize.estimate import parse_memory, require_memory
+    from nvvl.quantize.estimate import choose_limits, default_limits, parse_memory
     from nvvl.quantize.plan import make_plan
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint
 
     chosen = choose_recipe(preset, recipe, samples)
     source = resolve_model(model)
+    limits = default_limits()
     if memory is not None:
         planned = make_plan(source, chosen, calibrate=from_calibration is None)
-        require_memory(planned.estimate, parse_memory(memory))
+        limits = choose_limits(planned.estimate, parse_memory(memory))
     items = None
     if from_calibration is not None and (calib != "default" or samples is not None):
         raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
@@ -91,6 +92,7 @@ def quantize(
             stop=stop,
             command=["nvvl", *sys.argv[1:]],
             from_calibration=from_calibration,
+            limits=limits,
         )
     if as_json:
         print_json({"out": str(out), **manifest.to_dict()})

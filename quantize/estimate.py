@@ -1,16 +1,22 @@
 """How much memory and time a run will take, from shapes alone.
 
-Memory follows the walk: the largest block with its weights in BF16, or the largest tensor on its
-way through packing, beside the calibration items as they are carried along. What the items will be
-is not known before they are drawn, so a typical one is assumed; pictures of many tiles take more.
+Memory follows the walk: the block at work with its weights in BF16, the one being read and the one
+being written beside it, what a span of tokens needs inside a block, and the calibration items as
+they are carried along. With less memory than that the items go to disk, then the neighbouring
+blocks go (`choose_limits`). What the items will be is not known before they are drawn, so a typical
+one is assumed; the limit that follows from ``--memory`` holds whatever they are.
 
-Time comes from stored rates, measured on a 2-core AVX-512 CPU; another machine is as much faster or
-slower as its matrix products are.
+Time comes from rates: products of matrices and hashing are measured for some hundredths of a second
+on this machine, a GPU's are stored.
 """
 
+import hashlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nvvl.errors import HardwareError
 from nvvl.model.config import VLMConfig
@@ -18,20 +24,30 @@ from nvvl.model.safetensors_io import TensorSpec
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import LAYERS
 
-# Python, torch and ModelOpt with nothing loaded.
-_BASE_BYTES = 900 * 10**6
+# Python and torch with the model's shapes; with ModelOpt and the processor beside them.
+_BASE_BYTES = 350 * 10**6
+_CALIBRATED_BASE_BYTES = 650 * 10**6
 _TILES_PER_ITEM = 2
 _TEXT_TOKENS_PER_ITEM = 200
 
-# A tensor that is packed: itself, its codes, and scratch.
-_PACKING_FACTOR = 1.6
-# Intermediate tensors of a layer that live at once, in tensors as wide as the widest.
-_LIVE_TENSORS = 4
+# Blocks at once: one read, one at work, one written.
+_OVERLAPPED_BLOCKS = 3
+# Codes of the largest weight, as a part of it, while they are hashed and written.
+_CODES = 0.55
+# Bytes that live at once for each element of the widest activation inside a block.
+_BYTES_PER_WIDE_ELEMENT = 16
+# A weight is widened in pieces where the CPU has no bfloat16 units.
+_WIDENED_BYTES = 64 * 2**20
+# Items in memory below which going through the disk is not worth it.
+_LEAST_ITEMS = 2
 
-# Reading, hashing, packing and writing, in bytes of the source; and products of matrices.
-_BYTES_PER_SECOND = 0.4e9
-_CPU_FLOPS = 0.5e12
+# Reading, packing and writing a byte of the source, in bytes hashed in that time; and the part of
+# the matrix rate that a whole run reaches.
+_WORK_PER_HASHED_BYTE = 5.0
+_MATRIX_FRACTION = 0.6
 _GPU_FLOPS = 150e12
+_MEASURE_SIZE = 768
+_MEASURE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +65,40 @@ class Limits:
 
 UNLIMITED = Limits()
 
+# Longer items go through a block in parts of this many tokens or tiles.
+SPAN_TOKENS = 2048
+SPAN_TILES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast a machine works: floating-point operations, and bytes hashed, a second."""
+
+    flops: float
+    hashed_bytes: float
+    text: str
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run will take.
 
     Attributes:
-        memory_bytes: Peak of the whole process; on a GPU, items stay in CPU memory.
+        memory_bytes: Peak of the whole process where nothing limits it; on a GPU, items stay in
+            CPU memory.
+        minimum_bytes: Peak with everything on disk that can be there.
         activation_bytes: The calibration items between two blocks; part of the memory, and what a
-            resumable run also keeps on disk.
+            resumable run also keeps on disk, before and after a block.
+        overlap_bytes: Part of the memory that two more blocks take.
         seconds: From start to finish.
         rates: Where the time comes from.
         assumed: What was assumed about calibration items.
     """
 
     memory_bytes: int
+    minimum_bytes: int
     activation_bytes: int
+    overlap_bytes: int
     seconds: float
     rates: str
     assumed: str
@@ -84,19 +118,71 @@ def parse_memory(text: str) -> int:
     return round(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
 
 
-def require_memory(estimate: Estimate, memory_bytes: int) -> None:
-    """Refuse a run that is not going to fit.
+def choose_limits(estimate: Estimate, memory_bytes: int) -> Limits:
+    """Decide what stays in memory, so that a run takes no more than it may.
 
     Raises:
-        HardwareError: saying what it would take, and how to take less.
+        HardwareError: if even the least is more than that, saying how to take less.
     """
-    if estimate.memory_bytes > memory_bytes:
+    if estimate.minimum_bytes > memory_bytes:
         raise HardwareError(
-            f"--memory: allowed {memory_bytes / 1e9:.1f} GB, the run takes about "
-            f"{estimate.memory_bytes / 1e9:.1f} GB with {estimate.assumed}, "
-            f"{estimate.activation_bytes / 1e9:.1f} GB of it for the items; give fewer --samples, "
-            "or the format nvfp4-w4a16, which needs none"
+            f"--memory: allowed {memory_bytes / 1e9:.1f} GB, the run takes at least "
+            f"{estimate.minimum_bytes / 1e9:.1f} GB, one block and the libraries; give more, or "
+            "the format nvfp4-w4a16, which needs no calibration"
         )
+    least = estimate.memory_bytes - estimate.overlap_bytes - estimate.activation_bytes
+    overlap = estimate.minimum_bytes + estimate.overlap_bytes <= memory_bytes
+    fixed = least + (estimate.overlap_bytes if overlap else 0)
+    return Limits(overlap=overlap, activation_bytes=memory_bytes - fixed)
+
+
+def default_limits() -> Limits:
+    """Return the limits of a run that was given none: half of the free memory for items."""
+    free = free_memory()
+    return Limits(activation_bytes=None if free is None else free // 2)
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that programs can still have, or None if nobody says so."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", path.read_text(encoding="ascii"), re.M)
+    return None if match is None else int(match[1]) * 1024
+
+
+def measure_rates() -> Rates:
+    """Measure this machine for some hundredths of a second, without torch.
+
+    In CPU seconds, so that what else runs now does not count.
+    """
+    import numpy as np
+
+    matrix = np.ones((_MEASURE_SIZE, _MEASURE_SIZE), dtype=np.float32)
+    data = bytes(_MEASURE_BYTES)
+    a_thread = 2 * _MEASURE_SIZE**3 / _cpu_seconds(lambda: matrix @ matrix)
+    hashed = _MEASURE_BYTES / _cpu_seconds(lambda: hashlib.sha256(data).digest())
+    threads = num_threads()
+    text = (
+        f"measured here: {threads} threads of {a_thread / 1e9:.0f} GFLOP/s in float32, "
+        f"{hashed / 1e9:.1f} GB/s hashed"
+    )
+    return Rates(flops=threads * a_thread, hashed_bytes=hashed, text=text)
+
+
+def num_threads() -> int:
+    """Return how many threads torch will compute with."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):  # the first one wakes threads
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 def estimate_run(
@@ -106,6 +192,7 @@ def estimate_run(
     *,
     num_items: int,
     device: str,
+    rates: Rates | None = None,
 ) -> Estimate:
     """Estimate peak memory and time of quantizing.
 
@@ -115,26 +202,23 @@ def estimate_run(
         formats: Format of each quantizable linear.
         num_items: Calibration items.
         device: ``cpu`` or ``cuda``.
+        rates: Of this machine; measured if None.
     """
     calibrated = bool(set(CALIBRATED_FORMATS) & set(formats.values()))
     items = num_items if calibrated else 0
     tokens = _TILES_PER_ITEM * config.tokens_per_tile + _TEXT_TOKENS_PER_ITEM
     patches = (config.image_size // config.vision.patch_size) ** 2
     vision_tokens = _TILES_PER_ITEM * (patches + config.vision.num_prefix_tokens)
-    activation_bytes = (
-        items
-        * 2
-        * max(vision_tokens * config.vision.hidden_size, tokens * config.language.hidden_size)
+    item_bytes = 2 * max(
+        vision_tokens * config.vision.hidden_size, tokens * config.language.hidden_size
     )
-    largest = max(spec.nbytes for spec in tensors)
+    block = _largest_block(tensors)
     packed = [spec.nbytes for spec in tensors if formats.get(_owner(spec), "bf16") != "bf16"]
-    weights = max(largest, _PACKING_FACTOR * max(packed, default=0))
+    fixed = block + _CODES * max(packed, default=0)
+    fixed += _CALIBRATED_BASE_BYTES if items else _BASE_BYTES
     if items:
-        widest = max(
-            tokens * max(config.language.intermediate_size, 2 * config.language.mamba_inner_size),
-            vision_tokens * config.vision.intermediate_size,
-        )
-        weights = max(weights, _largest_block(tensors) + _LIVE_TENSORS * 2 * widest)
+        fixed += _WIDENED_BYTES + _BYTES_PER_WIDE_ELEMENT * _widest_activation(config)
+    overlap = (_OVERLAPPED_BLOCKS - 1) * block
     flops = (
         2
         * items
@@ -143,16 +227,33 @@ def estimate_run(
             + vision_tokens * _linear_parameters(tensors, "vision_model")
         )
     )
-    rate = _GPU_FLOPS if device == "cuda" else _CPU_FLOPS
+    rates = rates or measure_rates()
+    rate = _GPU_FLOPS if device == "cuda" else rates.flops * _MATRIX_FRACTION
     source_bytes = sum(spec.nbytes for spec in tensors)
+    stored = f"; stored: {_GPU_FLOPS / 1e12:.0f} TFLOP/s of a GPU" if device == "cuda" else ""
     return Estimate(
-        memory_bytes=round(_BASE_BYTES + weights + activation_bytes),
-        activation_bytes=activation_bytes,
-        seconds=source_bytes / _BYTES_PER_SECOND + flops / rate,
-        rates=f"stored: {_BYTES_PER_SECOND / 1e9:.1f} GB/s, {rate / 1e12:.1f} TFLOP/s ({device})",
+        memory_bytes=round(fixed + overlap + items * item_bytes),
+        minimum_bytes=round(fixed + min(items, _LEAST_ITEMS) * item_bytes),
+        activation_bytes=items * item_bytes,
+        overlap_bytes=overlap,
+        seconds=source_bytes * _WORK_PER_HASHED_BYTE / rates.hashed_bytes + flops / rate,
+        rates=rates.text + stored,
         assumed=f"{items} items of {_TILES_PER_ITEM} tiles and {_TEXT_TOKENS_PER_ITEM} text tokens"
         if items
         else "no calibration items",
+    )
+
+
+def _widest_activation(config: VLMConfig) -> int:
+    """Count the elements of the widest tensor inside a block, for a span of one item."""
+    language = config.language
+    widest = max(language.intermediate_size, 2 * language.mamba_inner_size + 2 * language.conv_dim)
+    tokens = _TILES_PER_ITEM * config.tokens_per_tile + _TEXT_TOKENS_PER_ITEM
+    patches = (config.image_size // config.vision.patch_size) ** 2 + config.vision.num_prefix_tokens
+    return max(
+        min(SPAN_TOKENS, tokens) * widest,
+        SPAN_TILES * patches * config.vision.intermediate_size,
+        SPAN_TILES * config.tokens_per_tile * config.projector_hidden_size,
     )
 
 
@@ -167,13 +268,16 @@ def _linear_parameters(tensors: Sequence[TensorSpec], prefix: str) -> int:
 
 
 def _largest_block(tensors: Sequence[TensorSpec]) -> int:
+    """Return the bytes of the largest block; embeddings and lm_head are never read whole."""
     sizes: dict[str, int] = {}
     for spec in tensors:
         parts = spec.name.split(".")
         if "layers" in parts or "blocks" in parts:
             start = parts.index("layers" if "layers" in parts else "blocks")
             block = ".".join(parts[: start + 2])
+        elif parts[0] == "language_model":
+            continue
         else:
-            block = ".".join(parts[:3])
+            block = parts[0]
         sizes[block] = sizes.get(block, 0) + spec.nbytes
     return max(sizes.values())

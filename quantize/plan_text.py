@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from nvvl.quantize.estimate import Estimate, Limits
 from nvvl.quantize.plan import Plan
 
 _GIB = 2**30
@@ -26,8 +27,13 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """Say rules, sizes, estimates and what can be split, a line each."""
+def plan_lines(plan: Plan, limits: Limits | None = None) -> list[str]:
+    """Say rules, sizes, estimates and what can be split, a line each.
+
+    Args:
+        plan: What would be done.
+        limits: What ``--memory`` allows; None where nothing was said.
+    """
     lines = [f"note: {note}" for note in plan.source.notes]
     for match in plan.rules:
         layers = f" in layers {list(match.rule.layers)}" if match.rule.layers else ""
@@ -42,13 +48,35 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{len(plan.shards)} files",
         f"output: {word} {plan.output_bytes:,} bytes, and manifest.json of about "
         f"{plan.manifest_bytes:,}",
-        f"memory: about {estimate.memory_bytes / 1e9:.1f} GB at peak, with {estimate.assumed}",
+        f"memory: about {estimate.memory_bytes / 1e9:.1f} GB at peak, with {estimate.assumed}; "
+        f"--memory from {_round_up(estimate.minimum_bytes)} on takes less",
+        *([] if limits is None else [_limits_line(estimate, limits)]),
         f"time: about {_format_seconds(estimate.seconds)} (rates {estimate.rates})",
-        f"disk: up to {plan.disk_bytes:,} bytes while running, {plan.free_bytes:,} free here",
+        f"disk: up to {plan.disk_bytes:,} bytes while running, {plan.free_bytes:,} free here"
+        f"{_missing_disk(plan)}",
     ]
     for num_gpus, faults in plan.tensor_parallel.items():
         lines.append(f"tensor parallel {num_gpus}: {'; '.join(faults) or 'every layer splits'}")
     return lines
+
+
+def _limits_line(estimate: Estimate, limits: Limits) -> str:
+    budget = limits.activation_bytes or 0
+    on_disk = max(0, estimate.activation_bytes - budget)
+    return (
+        f"within --memory: {min(budget, estimate.activation_bytes) / 1e9:.1f} GB of items in "
+        f"memory, {on_disk / 1e9:.1f} GB on disk; reading and writing "
+        f"{'beside the work' if limits.overlap else 'between the blocks'}"
+    )
+
+
+def _missing_disk(plan: Plan) -> str:
+    missing = plan.disk_bytes - plan.free_bytes
+    return f": {missing:,} bytes TOO FEW" if missing > 0 else ""
+
+
+def _round_up(num_bytes: int) -> str:
+    return f"{-(-num_bytes // 10**8) / 10:.1f}GB"
 
 
 def _format_seconds(seconds: float) -> str:

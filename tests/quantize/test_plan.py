@@ -12,11 +12,19 @@ import pytest
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CheckpointError, HardwareError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.quantize.estimate import parse_memory, require_memory
+from nvvl.quantize.estimate import (
+    Limits,
+    Rates,
+    choose_limits,
+    estimate_run,
+    measure_rates,
+    parse_memory,
+)
 from nvvl.quantize.plan import Plan, make_plan, read_source
 from nvvl.quantize.plan_text import plan_lines
 from nvvl.quantize.presets import PRESETS, fp8, mixed, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
+from nvvl.quantize.targets import assign_formats, list_linears
 from nvvl.quantize.walk import quantize_checkpoint
 
 CONFIG_12B = Path(__file__).resolve().parents[2] / "benchmarks" / "config-12b.json"
@@ -152,16 +160,57 @@ def test_split_that_cuts_a_block_is_said(make_checkpoint: MakeCheckpoint, tmp_pa
     assert not [fault for fault in make_plan(source, fp8()).tensor_parallel[4] if "block" in fault]
 
 
-def test_memory_grows_with_items_and_is_refused_when_too_small(config_12b: Path) -> None:
+def test_memory_grows_with_items_and_the_limits_keep_within_it(config_12b: Path) -> None:
     few = make_plan(config_12b, replace(nvfp4(), num_calibration_items=32)).estimate
     many = make_plan(config_12b, nvfp4()).estimate
     weights_only = make_plan(config_12b, nvfp4_w4a16()).estimate
     assert weights_only.memory_bytes < few.memory_bytes < many.memory_bytes
     assert weights_only.activation_bytes == 0
-    assert few.memory_bytes < 4e9 < many.memory_bytes
-    require_memory(few, parse_memory("4GB"))
-    with pytest.raises(HardwareError, match=r"allowed 4\.0 GB, the run takes about \d.* fewer"):
-        require_memory(many, parse_memory("4GB"))
+    assert weights_only.memory_bytes < 2.5e9 < few.memory_bytes < 4e9 < many.memory_bytes
+    assert many.minimum_bytes == few.minimum_bytes < 2.5e9
+    # all in memory; the items on disk; the items on disk and one block at a time
+    roomy = choose_limits(many, many.memory_bytes)
+    assert roomy == Limits(overlap=True, activation_bytes=many.activation_bytes)
+    held = choose_limits(many, parse_memory("4GB"))
+    assert held.overlap
+    assert held.activation_bytes is not None
+    assert 0 < held.activation_bytes < many.activation_bytes / 2
+    least = choose_limits(many, many.minimum_bytes)
+    assert not least.overlap
+    with pytest.raises(HardwareError, match=r"allowed 1\.5 GB, the run takes at least \d\.\d GB"):
+        choose_limits(many, parse_memory("1.5GB"))
+
+
+def test_plan_says_what_memory_and_disk_allow(tiny_checkpoint: Path) -> None:
+    plan = make_plan(tiny_checkpoint, nvfp4())
+    limits = Limits(overlap=False, activation_bytes=plan.estimate.activation_bytes // 2)
+    text = "\n".join(plan_lines(replace(plan, free_bytes=plan.disk_bytes - 7), limits))
+    assert "within --memory: " in text
+    assert "reading and writing between the blocks" in text
+    assert ": 7 bytes TOO FEW" in text
+    assert "TOO FEW" not in "\n".join(plan_lines(replace(plan, free_bytes=plan.disk_bytes)))
+
+
+def test_time_follows_the_rates_of_the_machine(config_12b: Path) -> None:
+    source = read_source(config_12b)
+    formats = assign_formats(nvfp4(), list_linears(source.config))
+
+    def seconds(flops: float, *, num_items: int = 32) -> float:
+        rates = Rates(flops=flops, hashed_bytes=1e9, text="given")
+        return estimate_run(
+            source.config,
+            source.tensors,
+            formats,
+            num_items=num_items,
+            device="cpu",
+            rates=rates,
+        ).seconds
+
+    writing = seconds(1e12, num_items=0)
+    assert seconds(1e12) - writing == pytest.approx(2 * (seconds(2e12) - writing))
+    measured = measure_rates()
+    assert measured.flops > 1e9
+    assert measured.hashed_bytes > 1e7
 
 
 @pytest.mark.parametrize(

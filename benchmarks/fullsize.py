@@ -17,8 +17,8 @@ What is printed of each run:
   the run), and the same over CPU seconds, which load elsewhere changes little;
 * of calibrated runs: the CPU seconds of amax, packing, hashing and writing blocks, as a share.
 
-Results are kept in ``DIR/results-SIZE.jsonl``; a run that is there is not made again, and a killed
-one goes on where it stopped. Times of several sittings are added up.
+Everything lies in ``DIR/SIZE``, the results in ``results.jsonl``; a run that is there is not made
+again, and a killed one goes on where it stopped. Times of several sittings are added up.
 """
 
 import argparse
@@ -284,14 +284,15 @@ def main() -> None:
     if arguments.child:
         child(arguments.child, arguments.source, arguments.work, arguments.items)
         return
-    work: Path = arguments.work
-    source = work / f"checkpoint-{arguments.size}"
+    work: Path = arguments.work / arguments.size
+    work.mkdir(parents=True, exist_ok=True)
+    source = work / "checkpoint"
     if not (source / "config.json").exists():
         shutil.rmtree(source, ignore_errors=True)
         make_checkpoint(arguments.size, source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    items = make_items(work / f"items-{arguments.size}", config["force_image_size"])
-    path = work / f"results-{arguments.size}.jsonl"
+    items = make_items(work / "items", config["force_image_size"])
+    path = work / "results.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for run in arguments.runs.split(","):
         if run in {result["run"] for result in known}:

@@ -48,7 +48,7 @@ def make_items(folder: Path, tile: int) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines: list[str] = []
     for item in load_calibration_set("default", num_items=4 * NUM_ITEMS).items:
         if len(item.images) != 1 or len(lines) == NUM_ITEMS:
             continue

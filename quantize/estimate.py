@@ -125,10 +125,12 @@ def choose_limits(estimate: Estimate, memory_bytes: int) -> Limits:
         HardwareError: if even the least is more than that, saying how to take less.
     """
     if estimate.minimum_bytes > memory_bytes:
+        other = (
+            ", or the format nvfp4-w4a16, which runs no items" if estimate.activation_bytes else ""
+        )
         raise HardwareError(
             f"--memory: allowed {memory_bytes / 1e9:.1f} GB, the run takes at least "
-            f"{estimate.minimum_bytes / 1e9:.1f} GB, one block and the libraries; give more, or "
-            "the format nvfp4-w4a16, which needs no calibration"
+            f"{estimate.minimum_bytes / 1e9:.1f} GB: one block and the libraries; give more{other}"
         )
     least = estimate.memory_bytes - estimate.overlap_bytes - estimate.activation_bytes
     overlap = estimate.minimum_bytes + estimate.overlap_bytes <= memory_bytes

@@ -79,6 +79,10 @@ def verify(
     no_logits: Annotated[
         bool, typer.Option("--no-logits", help="Leave out the comparison of logits.")
     ] = False,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="DEST", help="Graphs that nvvl export onnx made of OUT; proved too."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a written checkpoint; exit 1 and name the fault if it is not what it claims to be."""
@@ -88,7 +92,9 @@ def verify(
 
     source = None if against is None else resolve_model(against)
     with show_progress() as progress:
-        report = verify_checkpoint(out, source, logits=not no_logits, progress=progress)
+        report = verify_checkpoint(
+            out, source, logits=not no_logits, graphs=onnx, progress=progress
+        )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -178,3 +184,4 @@ def onnx(
         return
     for name, size in result.files.items():
         print(f"{name:24} {size:>14,}")
+    print(f"prove it: nvvl verify {resolve_model(run)} --onnx {dest}")

@@ -10,7 +10,7 @@ Shapes: n tiles, S tile side, R patches per side, L tokens (prefix + patches), C
 import torch
 
 from nvvl.export.onnx_data import DataFile
-from nvvl.export.onnx_graph import TO_END, TORCH_DTYPES, Graph
+from nvvl.export.onnx_graph import TO_END, Graph
 from nvvl.export.onnx_language import Progress
 from nvvl.export.onnx_layers import rms_norm, squared_relu
 from nvvl.export.onnx_linear import linear
@@ -62,7 +62,7 @@ def _patches(g: Graph, weights: CheckpointWeights, config: VLMConfig, pixels: st
     patches = g.reshape(patches, (0, side * side, 3 * size * size), at=fqn)
     tokens = linear(g, weights, f"{fqn}.embedder", g.to_graph(patches, at=fqn))
     positions = g.weight(f"{fqn}.positions", lambda _: _positions(weights, config, side))
-    tokens = g.op("Add", tokens, positions, at=fqn)
+    tokens = g.op("Add", tokens, g.to_graph(positions, at=fqn), at=fqn)
     name = f"{fqn}.cls_token.token"
     prefix = g.unsqueeze(g.weight(name, weights.graph), 0, at=fqn)
     rest = g.constant([vision.num_prefix_tokens, vision.hidden_size])
@@ -72,12 +72,12 @@ def _patches(g: Graph, weights: CheckpointWeights, config: VLMConfig, pixels: st
 
 
 def _positions(weights: CheckpointWeights, config: VLMConfig, side: int) -> torch.Tensor:
-    """Interpolate the position table to the tile's grid: (1, R * R, C) in the graph's dtype."""
+    """Interpolate the position table to the tile's grid: (1, R * R, C) float32."""
     with torch.device("meta"):
         generator = PatchGenerator(config.vision)
     table = weights.float(f"{RADIO}.patch_generator.pos_embed")
     generator.pos_embed = torch.nn.Parameter(table, requires_grad=False)
-    return generator.positions(side, side).to(TORCH_DTYPES[weights.dtype]).contiguous()
+    return generator.positions(side, side).contiguous()
 
 
 def _block(g: Graph, weights: CheckpointWeights, config: VLMConfig, fqn: str, x: str) -> str:

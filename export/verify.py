@@ -4,6 +4,7 @@
     values     codes and scales made again from the source     value_proof.py
     hashes     every tensor and file against manifest.json     hash_proof.py
     logits     the reloaded model against the calibrated one   logits_proof.py
+    graphs     ONNX graphs against the reloaded model          onnx_parity.py
 
 Weights are read one tensor at a time, so memory does not grow with the model; only the logits need
 two whole models and can be left out. What could not be checked is reported as such and is never
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nvvl.errors import CheckpointError, OutputError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import LOGITS, prove_logits
+from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.tensor_proof import Progress, prove_tensors
 from nvvl.export.view import open_view
@@ -109,6 +111,7 @@ def verify(
     *,
     logits: bool = True,
     probe_items: "Sequence[Item] | None" = None,
+    graphs: Path | None = None,
     progress: Progress | None = None,
 ) -> VerificationReport:
     """Prove a written checkpoint.
@@ -118,6 +121,7 @@ def verify(
         source: the BF16 checkpoint it was made from; without it, what needs it is not checked.
         logits: whether to run both models; needs memory for two of them.
         probe_items: items the logits are compared on; a few of the default set if None.
+        graphs: a folder of ONNX graphs made from ``out``, to be proved with it.
         progress: called as tensors are read.
 
     Returns:
@@ -135,12 +139,31 @@ def verify(
         return VerificationReport(out, source, (judge(*_READABLE, [str(fault)]),))
     tensors = prove_tensors(view, progress=progress)
     checks = [judge(*_READABLE, ()), *check_server_rules(view), *tensors.checks]
+    broken = any(c.passed is False and not c.rule.startswith(_CONFIG_RULES) for c in checks)
     if not logits:
         checks.append(not_checked(*LOGITS, "left out on request"))
-    elif any(c.passed is False and not c.rule.startswith(_CONFIG_RULES) for c in checks):
+    elif broken:
         checks.append(not_checked(*LOGITS, "tensors failed their checks, so logits must differ"))
     elif source is None:
         checks.append(not_checked(*LOGITS, "needs the source"))
     else:
         checks.append(prove_logits(out, source, probe_items=probe_items))
+    if graphs is not None:
+        checks += _prove_graphs(out, graphs, broken, probe_items, progress)
     return VerificationReport(out, source, tuple(checks), tensors.sqnr_db)
+
+
+def _prove_graphs(
+    out: Path,
+    graphs: Path,
+    broken: bool,
+    probe_items: "Sequence[Item] | None",
+    progress: Progress | None,
+) -> list[Check]:
+    """Prove graphs, unless the checkpoint they are compared with is broken itself."""
+    require_onnx(runtime=True)
+    from nvvl.export.onnx_parity import FILES, prove_graphs
+
+    if broken:
+        return [not_checked(*FILES, "tensors of the checkpoint failed their checks")]
+    return prove_graphs(out, graphs, probe_items=probe_items, progress=progress)

@@ -1,0 +1,296 @@
+"""Proof that graphs compute what their checkpoint does, in float32, without a GPU.
+
+The checkpoint is loaded as ``nvvl evaluate`` and ``nvvl verify`` load it, into the torch model with
+fake quantization; the graphs are run by onnxruntime (`nvvl.export.onnx_session`). Both get the same
+tiles and tokens and each carries its own states:
+
+    vision    one tile and several
+    prefill   several lengths, from an empty state and in pieces, batches of one and two
+    decode    after prefill, token by token
+    text      documents with an image: 64 greedy tokens, the same ones
+
+After every run the largest difference of logits, and of every state, must be at most ``TOLERANCE``
+of the largest magnitude. What quantizers make of rounding is settled by `nvvl.export.onnx_ties`,
+and counted.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nvvl.errors import NvvlError
+from nvvl.export.checks import Check, judge
+from nvvl.export.logits_proof import default_probe_items
+from nvvl.export.onnx_export import hash_file
+from nvvl.export.onnx_session import GraphFolder, States, StepOutput
+from nvvl.export.onnx_ties import TieSettler
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.processor import Processor
+from nvvl.model.vlm import ModelState, NemotronNanoVL
+from nvvl.quantize.linear import QuantizedLinear
+from nvvl.quantize.load import load_any
+from nvvl.quantize.staging import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from nvvl.calib_data.items import Item
+
+# Both sides compute in float32 (unit 6e-8) and sum in another order, through every layer.
+TOLERANCE = 1e-5
+
+NUM_TOKENS = 64
+
+FILES = ("O1", "graphs have their manifest's hashes and were made from this checkpoint")
+VISION = ("O2", "vision graph equals the torch model")
+PREFILL = ("O3", "prefill graph equals the torch model")
+DECODE = ("O4", "decode graph equals the torch model")
+TEXT = ("O5", f"graphs give the torch model's {NUM_TOKENS} greedy tokens")
+
+# (batch, lengths of the pieces a prompt is prefilled in); ones after the first are decode steps.
+CASES: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (1, (37, 1, 1)),
+    (1, (64, 1)),
+    (2, (130, 45, 1, 1)),
+    (1, (1, 1, 20, 1)),
+    (2, (3, 1)),
+)
+TILE_COUNTS = (1, 3)
+_SEED = 0
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Score:
+    """What the comparisons of one check found."""
+
+    largest: float = 0.0
+    runs: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def see(self, where: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Compare what a graph gives with what the torch model gives, by name."""
+        self.runs += 1
+        for name, (got, wanted) in pairs.items():
+            error = relative_error(got, wanted)
+            self.largest = max(self.largest, error)
+            if not error <= TOLERANCE:
+                self.faults.append(
+                    f"{where}: {name} differs by {error:.2e}, required {TOLERANCE:.0e}"
+                )
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference over the largest magnitude; infinity if shapes differ."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((got - wanted).abs().max() / scale)
+
+
+def prove_graphs(
+    run: Path,
+    dest: Path,
+    *,
+    probe_items: "Sequence[Item] | None" = None,
+    progress: Progress | None = None,
+) -> list[Check]:
+    """Prove a folder of graphs against the checkpoint they were made from.
+
+    Args:
+        run: the checkpoint.
+        dest: the folder of graphs.
+        probe_items: documents to generate from; a few of the default set if None.
+        progress: called after each comparison.
+    """
+    files = judge(*FILES, _file_faults(run, dest))
+    if not files.passed:
+        return [files]
+    try:
+        pair = _Pair(load_any(run, dtype=torch.float32), GraphFolder(dest, expose_inputs=True))
+    except NvvlError as fault:
+        return [files, judge(*VISION, [str(fault)])]
+    items = default_probe_items() if probe_items is None else probe_items
+    steps = _Steps(len(TILE_COUNTS) + len(CASES) + len(items), progress)
+    with torch.inference_mode(), pair.settling():
+        vision, prefill, decode = _Score(), _Score(), _Score()
+        for count in TILE_COUNTS:
+            _compare_vision(pair, count, vision)
+            steps.done("vision")
+        for batch, pieces in CASES:
+            _compare_steps(pair, batch, pieces, prefill, decode)
+            steps.done("prefill, decode")
+        text = _Score()
+        processor = Processor.from_folder(run)
+        for item in items:
+            _compare_text(pair, processor, item, text)
+            steps.done("text")
+    ties = f"{pair.settler.num_ties} of {pair.settler.num_values} quantized inputs on an edge"
+    note = f"; {ties}" if pair.settler.num_values else ""
+    return [
+        files,
+        *(
+            judge(*name, score.faults, note=f"{score.runs} runs, error {score.largest:.1e}{extra}")
+            for name, score, extra in (
+                (VISION, vision, ""),
+                (PREFILL, prefill, ""),
+                (DECODE, decode, note),
+                (TEXT, text, ""),
+            )
+        ),
+    ]
+
+
+@dataclass
+class _Steps:
+    """Counts comparisons for the progress bar."""
+
+    total: int
+    progress: Progress | None
+    count: int = 0
+
+    def done(self, stage: str) -> None:
+        self.count += 1
+        if self.progress is not None:
+            self.progress(f"graphs: {stage}", self.count, self.total)
+
+
+@dataclass
+class _Pair:
+    """The torch model and the graphs, with what each left behind."""
+
+    model: NemotronNanoVL
+    graphs: GraphFolder
+    settler: TieSettler = field(default_factory=TieSettler)
+
+    @contextlib.contextmanager
+    def settling(self) -> Iterator[None]:
+        """Have ties settled while the block runs."""
+        handles = [
+            self.settler.watch(fqn, module)
+            for fqn, module in self.model.named_modules()
+            if isinstance(module, QuantizedLinear) and module.linear_format in ("fp8", "nvfp4")
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def step(
+        self,
+        ids: Tensor,
+        states: States,
+        state: ModelState | None,
+        *,
+        position: int,
+        features: Tensor | None = None,
+    ) -> tuple[StepOutput, Tensor, ModelState]:
+        """Run new tokens through both; returns what the graph gives, torch's logits and state."""
+        if features is None:  # by embedding: the image token may be written, and is no image then
+            embeds = self.model.language_model.backbone.embeddings(ids)
+        else:
+            embeds = self.model.embed(ids, features)
+        inputs = self.graphs.token_inputs(ids, features, lambda: embeds)
+        output = self.graphs.step(inputs, states, position=position)
+        self.settler.inputs = dict(output.quantized_inputs)
+        reference = self.model(inputs_embeds=embeds, state=state, logits_to_keep=1)
+        return output, reference.logits[:, -1], reference.state
+
+
+def _compare_vision(pair: _Pair, num_tiles: int, score: _Score) -> None:
+    size = pair.model.config.image_size
+    generator = torch.Generator().manual_seed(_SEED + num_tiles)
+    pixels = torch.randn(num_tiles, 3, size, size, generator=generator)
+    got, quantized = pair.graphs.encode_images(pixels)
+    pair.settler.inputs = dict(quantized)
+    score.see(f"{num_tiles} tiles", {"image_embeds": (got, pair.model.encode_images(pixels))})
+
+
+def _compare_steps(
+    pair: _Pair, batch: int, pieces: Sequence[int], prefill: _Score, decode: _Score
+) -> None:
+    generator = torch.Generator().manual_seed(_SEED + sum(pieces))
+    vocab = pair.model.config.language.vocab_size
+    ids = torch.randint(0, vocab, (batch, sum(pieces)), generator=generator)
+    ids = ids.masked_fill(ids == pair.model.config.image_token_id, 0)
+    states, state, position = pair.graphs.start(batch), None, 0
+    for piece in ids.split(list(pieces), dim=1):
+        output, logits, state = pair.step(piece, states, state, position=position)
+        score = decode if piece.shape[1] == 1 and position else prefill
+        where = f"batch {batch}, tokens {position} to {position + piece.shape[1]}"
+        position, states = position + piece.shape[1], output.states
+        score.see(where, _pairs(output, logits, state, position))
+        score.faults += pair.settler.faults
+        pair.settler.faults = []
+
+
+def _pairs(
+    output: StepOutput, logits: Tensor, state: ModelState, position: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    pairs = {"logits": (output.logits, logits)}
+    for name, value in output.states.items():
+        kind, _, layer = name.removeprefix("past_").rpartition(".")
+        of_layer = state.layers[int(layer)]
+        assert of_layer is not None
+        wanted = of_layer[0 if kind in ("conv", "key") else 1]
+        if kind in ("key", "value"):  # a cache of fixed capacity is longer than what it holds
+            value = value[:, :, :position]
+        pairs[name] = (value, wanted)
+    return pairs
+
+
+def _compare_text(pair: _Pair, processor: Processor, item: "Item", score: _Score) -> None:
+    question = item.messages[:-1] if item.messages[-1].role == "assistant" else item.messages
+    inputs = processor(question, images=item.images, videos=item.videos, add_generation_prompt=True)
+    features = None
+    if len(inputs.pixel_values):
+        features, quantized = pair.graphs.encode_images(inputs.pixel_values)
+        pair.settler.inputs = dict(quantized)
+        reference = pair.model.encode_images(inputs.pixel_values)
+        score.see(f"item {item.item_id}", {"image_embeds": (features, reference)})
+    ids, states, state, position = inputs.input_ids[None], pair.graphs.start(1), None, 0
+    for count in range(NUM_TOKENS):
+        output, logits, state = pair.step(
+            ids, states, state, position=position, features=None if position else features
+        )
+        position, states = position + ids.shape[1], output.states
+        where = f"item {item.item_id}, token {count}"
+        score.see(where, {"logits": (output.logits, logits)})
+        ours, theirs = int(logits.argmax()), int(output.logits.argmax())
+        if ours != theirs:
+            score.faults.append(f"{where}: the graph says {theirs}, torch {ours}")
+            return
+        ids = torch.tensor([[ours]])
+
+
+def _file_faults(run: Path, dest: Path) -> list[str]:
+    path = dest / MANIFEST_NAME
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files, tensors = manifest["files"], manifest["checkpoint"]["tensors"]
+        made_from = manifest["checkpoint"]["manifest_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{path}: not the manifest of a folder of graphs ({error!r})"]
+    faults = []
+    for name, sha256 in sorted(files.items()):
+        if not (dest / name).is_file():
+            faults.append(f"{name}: missing")
+        elif hash_file(dest / name) != sha256:
+            faults.append(f"{name}: bytes changed since it was written")
+    of_run = run / MANIFEST_NAME
+    if of_run.is_file():  # whose own hashes of tensors are proved elsewhere
+        same = hash_file(of_run) == made_from
+    else:
+        checkpoint = Checkpoint(run)
+        same = {name: checkpoint.sha256(name) for name in checkpoint.tensors} == tensors
+    if not same:
+        faults.append(f"{run}: is not the checkpoint that the graphs were made from")
+    return faults

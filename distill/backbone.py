@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from nvvl.quantize import kernels
 from nvvl.quantize.recipe import Format
 
 PREFIX = "language_model.backbone."
+
+# Rows of a weight whose gradient is computed at once.
+_GRADIENT_ROWS = 2048
 
 
 class FakeQuantLinear(nn.Module):
@@ -43,7 +47,7 @@ class FakeQuantLinear(nn.Module):
             self.observed = torch.maximum(self.observed, kernels.amax(x.detach()).float().cpu())
         if self.scale is not None:
             x = fake_quantize(x, self.scale, self.linear_format)
-        return linear(x, self.weight)
+        return multiply(x, self.weight)
 
 
 class Backbone(nn.Module):
@@ -115,6 +119,33 @@ def make_backbone(
         weight = owner.get_submodule(leaf).get_parameter("weight").data
         setattr(owner, leaf, FakeQuantLinear(weight, linear_format, scales.get(fqn)))
     return backbone
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x W^T``; the backward pass keeps the operands as they are, not widened."""
+    product: Tensor = _Multiply.apply(x, weight)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient, of_x, of_weight = gradients[0], None, None
+        if ctx.needs_input_grad[0]:
+            of_x = linear(gradient, weight.T)
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+            inputs, outputs = x.flatten(0, -2).T, gradient.flatten(0, -2).T
+            for start in range(0, len(weight), _GRADIENT_ROWS):  # what is widened stays small
+                rows = slice(start, start + _GRADIENT_ROWS)
+                of_weight[rows] = linear(outputs[rows], inputs)
+        return of_x, of_weight
 
 
 def _run_layer(layer: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:

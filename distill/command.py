@@ -17,6 +17,7 @@ from nvvl.options import (
 )
 
 if TYPE_CHECKING:
+    from nvvl.distill.blockwise import BlockwiseResult
     from nvvl.distill.recipe import DistillRecipe
 
 DataOption = Annotated[
@@ -71,6 +72,7 @@ def distill(
     """
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import print_json, show_progress
+    from nvvl.distill.blockwise import distill_blockwise
     from nvvl.distill.train import Execution
     from nvvl.distill.train import distill as distill_run
     from nvvl.model.load import resolve_model
@@ -88,7 +90,17 @@ def distill(
             progress=progress,
             command=["nvvl", *sys.argv[1:]],
         )
-        result = distill_run(run, source, out, chosen, items, seed=seed, execution=execution)
+        if chosen.method == "layers":
+            layers = distill_blockwise(
+                run, source, out, chosen, items, seed=seed, execution=execution
+            )
+            result = None
+        else:
+            layers = None
+            result = distill_run(run, source, out, chosen, items, seed=seed, execution=execution)
+    if layers is not None:
+        _show_layers(out, layers, as_json)
+        return
     if result is None:  # the main process says it
         return
     if as_json:
@@ -145,6 +157,22 @@ def precompute(
         print_json({"out": str(out), "items": len(items.items), "positions": num_rows})
     else:
         print(f"{out}: {num_rows} positions of {len(items.items)} items, {top} tokens each")
+
+
+def _show_layers(out: Path, result: "BlockwiseResult", as_json: bool) -> None:
+    from nvvl.console import print_json
+
+    if as_json:
+        layers = [vars(layer) for layer in result.layers]
+        print_json({"out": str(out), "bf16": str(result.bf16), "layers": layers})
+        return
+    better = [layer for layer in result.layers if layer.error < layer.start_error]
+    last = result.layers[-1]
+    print(
+        f"{out}: {len(better)} of {len(result.layers)} layers are nearer to BF16; error of the "
+        f"last {last.start_error:.2e} before its training, {last.error:.2e} after"
+    )
+    print(f"prove it: nvvl verify {out} --against {result.bf16}")
 
 
 def _choose_recipe(

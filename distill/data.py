@@ -144,6 +144,14 @@ class DistillData:
             batches.append(ItemBatch(tuple(indices[place] for place in row), ids, inputs, masks))
         return batches
 
+    def inputs(self, index: int) -> ModelInputs:
+        """Return one item of the set as tensors.
+
+        Raises:
+            DataError: if it cannot be used.
+        """
+        return self._prepare(self._items[index])[1]
+
     def _prepare(self, item: Item) -> tuple[str, ModelInputs, Tensor]:
         if self._check is not None:
             self._check(item)

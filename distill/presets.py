@@ -18,7 +18,7 @@ from nvvl.quantize.recipe import near_names
 
 def qad_nvfp4() -> DistillRecipe:
     """Return the published settings for a full-size model."""
-    return DistillRecipe(name="qad_nvfp4", learning_rate=2e-6)
+    return DistillRecipe(name="qad_nvfp4", learning_rate=2e-6, recompute=True, keep_best=3)
 
 
 def qad_nvfp4_embedded() -> DistillRecipe:
@@ -26,6 +26,8 @@ def qad_nvfp4_embedded() -> DistillRecipe:
     return dataclasses.replace(
         qad_nvfp4(),
         name="qad_nvfp4_embedded",
+        recompute=False,
+        keep_best=1,
         learning_rate=3e-5,
         safe_learning_rate=1e-4,
         loss_tokens="answers",
@@ -37,9 +39,34 @@ def qad_nvfp4_embedded() -> DistillRecipe:
     )
 
 
+def qad_nvfp4_selective() -> DistillRecipe:
+    """Return settings for a run with attention and the first and last layers in BF16.
+
+    Those of Nemotron Nano 9B V2, whose rate is half that of the vision-language model. What stays
+    BF16 is a matter of the run: quantize with ``quantize/recipes/nvfp4-selective.toml``.
+    """
+    return dataclasses.replace(qad_nvfp4(), name="qad_nvfp4_selective", learning_rate=1e-6)
+
+
+def qad_nvfp4_layers() -> DistillRecipe:
+    """Return settings that train a layer at a time, in the memory of four layers."""
+    return DistillRecipe(
+        name="qad_nvfp4_layers",
+        method="layers",
+        learning_rate=2e-4,
+        safe_learning_rate=1e-3,
+        num_steps=100,
+        items_per_step=128,
+        tokens_per_batch=4096,
+        num_validation_items=16,
+    )
+
+
 PRESETS: Mapping[str, Callable[[], DistillRecipe]] = {
     "qad_nvfp4": qad_nvfp4,
     "qad_nvfp4_embedded": qad_nvfp4_embedded,
+    "qad_nvfp4_selective": qad_nvfp4_selective,
+    "qad_nvfp4_layers": qad_nvfp4_layers,
 }
 
 

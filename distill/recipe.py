@@ -19,6 +19,7 @@ from nvvl.quantize.recipe import near_names
 
 Loss = Literal["kl", "mse", "ce"]
 LossTokens = Literal["text", "answers"]
+Method = Literal["whole", "layers"]
 Trainable = Literal["linears", "norms", "input_scales"]
 
 _POSITIVE = (
@@ -29,8 +30,19 @@ _POSITIVE = (
     "validate_every",
     "keep_best",
 )
+# What only the training of the whole model has.
+_OF_LOGITS = (
+    "loss",
+    "layer_loss",
+    "recalibrate_inputs",
+    "video_pruning_rate",
+    "weight_decay",
+    "ema_decay",
+    "recompute",
+)
 _SWITCHES = ("recalibrate_inputs", "recompute")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
     "loss": get_args(Loss),
     "loss_tokens": get_args(LossTokens),
 }
@@ -42,6 +54,9 @@ class DistillRecipe:
 
     Attributes:
         name: Shown in manifests and reports.
+        method: ``whole`` trains the model on the loss of its logits; ``layers`` trains one layer
+            after the other to give its BF16 output, in little memory. ``num_steps`` are then those
+            of each layer, each step one row of tokens, and rates are fractions of a weight's size.
         trainable: What trains: ``linears``, the quantized ones of the language model, ``norms``,
             those of the language model, and ``input_scales``, the static scales of quantized
             inputs (LSQ). Everything else stays as the teacher has it.
@@ -65,7 +80,8 @@ class DistillRecipe:
         ema_decay: Of a running average of the trained tensors, which is then what is validated
             and written; 0 takes the tensors themselves.
         num_steps: Optimizer steps.
-        items_per_step: Items whose gradients make one optimizer step, over all processes.
+        items_per_step: Items whose gradients make one optimizer step, over all processes; with
+            method ``layers``, all items that are trained on.
         tokens_per_batch: Tokens a row is packed to; a step's items are cut into as many rows as
             that needs, and their gradients add up. An item that alone is longer runs alone.
         recompute: Whether the activations inside a layer are computed again in the backward pass
@@ -77,6 +93,7 @@ class DistillRecipe:
 
     name: str
     learning_rate: float
+    method: Method = "whole"
     trainable: tuple[Trainable, ...] = ("linears", "norms")
     loss: Loss = "kl"
     loss_tokens: LossTokens = "text"
@@ -111,9 +128,14 @@ class DistillRecipe:
                 "recalibrate_inputs: the input scales are learned already (trainable); choose one"
             )
 
+        if self.method == "layers":
+            self._check_layers()
+
     @property
     def num_items(self) -> int:
         """Items of a set in which none is looked at twice, those for validation included."""
+        if self.method == "layers":  # all of them are looked at in every layer
+            return self.items_per_step + self.num_validation_items
         return self.num_steps * self.items_per_step + self.num_validation_items
 
     @classmethod
@@ -171,6 +193,20 @@ class DistillRecipe:
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return self.learning_rate * self.rate_factor(step)
+
+    def _check_layers(self) -> None:
+        """Refuse what the training of single layers would silently skip."""
+        if "linears" not in self.trainable or "input_scales" in self.trainable:
+            raise RecipeError(
+                'trainable: method "layers" trains linears, with or without norms, got '
+                f"{list(self.trainable)!r}"
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _OF_LOGITS and value != field.default:
+                raise RecipeError(
+                    f'{field.name}: has no meaning with method "layers", got {value!r}'
+                )
 
     def _check(self, key: str, value: object) -> None:
         if key in _CHOICES:

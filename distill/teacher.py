@@ -7,12 +7,16 @@ manifest, and the manifest's source hashes those of the teacher's tensors.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.recipe import DistillRecipe
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processor import Processor
 from nvvl.quantize.load import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.manifest import Manifest
+from nvvl.quantize.staging import MANIFEST_NAME
 
 
 def check_run(run: Path, teacher: Path) -> Manifest:
@@ -45,6 +49,24 @@ def check_run(run: Path, teacher: Path) -> Manifest:
     _check_unchanged(written, manifest)
     _check_source(source, manifest, run)
     return manifest
+
+
+def run_identity(
+    run: Path, teacher: Path, recipe: DistillRecipe, items: CalibrationSet, seed: int
+) -> dict[str, Any]:
+    """Check the run, and return what makes two distillations the same one.
+
+    Raises:
+        ConfigError: as `check_run`.
+        CheckpointError: as `check_run`.
+    """
+    check_run(run, teacher)
+    return {
+        "recipe": recipe.to_dict(),
+        "teacher": teacher_digest(teacher),
+        "run": hashlib.sha256((run / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "data": {"set": items.spec, "num_items": len(items.items), "seed": seed},
+    }
 
 
 def teacher_digest(teacher: Path) -> str:

@@ -16,7 +16,6 @@ Several processes share the items of each step. Either each holds the whole trai
 (``shard``) a slice of it. The main process alone writes.
 """
 
-import hashlib
 import math
 import time
 import warnings
@@ -37,10 +36,10 @@ from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import LOG_NAME, Standing, StateFolder
 from nvvl.distill.student import Student
-from nvvl.distill.teacher import check_run, teacher_digest
+from nvvl.distill.teacher import run_identity
 from nvvl.distill.tensorboard import open_tensorboard
 from nvvl.distill.write import write_bf16, write_quantized
-from nvvl.errors import TrainingError
+from nvvl.errors import RecipeError, TrainingError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.quantize.layout import CALIBRATION_NAME
@@ -48,7 +47,7 @@ from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
-from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
+from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import list_linears, quantized_only
 
 # (what is shown, steps done, steps in total)
@@ -132,16 +131,19 @@ def distill(
         ConfigError: if run and teacher are of different models.
         CheckpointError: if the run is not what its manifest says, or of another teacher.
         DataError: if an item cannot be used, or none is left to train on.
+        RecipeError: if the recipe is one for single layers.
         TrainingError: if a loss is not finite, or training diverges.
         OutputError: if an output exists, holds another run, or does not fit on the disk.
         KeyboardInterrupt: again, saying how to go on.
     """
     how = execution or Execution()
+    if recipe.method != "whole":
+        raise RecipeError(f'method: required "whole", got "{recipe.method}"; see distill_blockwise')
     _warn_about_rate(recipe)
     out = out.absolute()
     bf16 = out.with_name(f"{out.name}.bf16")
     processes = Processes(how.device)
-    identity = _identity(run, teacher, recipe, items, seed)
+    identity = run_identity(run, teacher, recipe, items, seed)
     logits = None
     if how.logits is not None:
         require_logits_suffice(recipe)
@@ -384,19 +386,6 @@ def _warn_about_rate(recipe: DistillRecipe) -> None:
             "1e-4 ruined them (arXiv 2601.20088); 2e-6 is the default",
             stacklevel=3,
         )
-
-
-def _identity(
-    run: Path, teacher: Path, recipe: DistillRecipe, items: CalibrationSet, seed: int
-) -> dict[str, Any]:
-    """Check the run, and return what makes two distillations the same one."""
-    check_run(run, teacher)
-    return {
-        "recipe": recipe.to_dict(),
-        "teacher": teacher_digest(teacher),
-        "run": hashlib.sha256((run / MANIFEST_NAME).read_bytes()).hexdigest(),
-        "data": {"set": items.spec, "num_items": len(items.items), "seed": seed},
-    }
 
 
 def _describe(record: dict[str, Any], standing: Standing) -> str:

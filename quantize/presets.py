@@ -3,8 +3,9 @@
 ``fp8`` and ``nvfp4`` have the scope of the released checkpoints (arXiv 2511.03929): every linear
 of the language model. ``mixed`` keeps the few layers that hybrid models of this family are most
 sensitive in (attention, the first two and the last two; arXiv 2601.20088, table of recipes) at
-8 bits. Vision tower, projector, embeddings, head, convolutions and norms stay BF16 in all of
-them, because servers build those without quantization.
+8 bits, ``nvfp4-selective`` in BF16, as Nemotron Nano 9B V2 is distilled. Vision tower, projector,
+embeddings, head, convolutions and norms stay BF16 in all of them, because servers build those
+without quantization.
 """
 
 import dataclasses
@@ -43,11 +44,22 @@ def mixed() -> Recipe:
     return dataclasses.replace(recipe, name="mixed", rules=(*sensitive, *recipe.rules))
 
 
+def nvfp4_selective() -> Recipe:
+    """Return NVFP4 with BF16 in attention and in the first two and last two layers."""
+    sensitive = (
+        Rule(target=_ATTENTION, format="bf16"),
+        Rule(target=_ALL_LINEARS, format="bf16", layers=(0, 1, -2, -1)),
+    )
+    recipe = nvfp4()
+    return dataclasses.replace(recipe, name="nvfp4-selective", rules=(*sensitive, *recipe.rules))
+
+
 PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "fp8": fp8,
     "nvfp4": nvfp4,
     "nvfp4-w4a16": nvfp4_w4a16,
     "mixed": mixed,
+    "nvfp4-selective": nvfp4_selective,
 }
 
 

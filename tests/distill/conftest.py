@@ -1,11 +1,15 @@
 """A tiny NVFP4 run, its teacher, and items with answers."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
@@ -78,3 +82,45 @@ def recipe() -> DistillRecipe:
         num_validation_items=4,
         validate_every=5,
     )
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of storages made inside the mode and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self._add(tensor, known)
+        return out
+
+    def _add(self, tensor: Tensor, known: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key in known and key not in self._users:
+            return  # an input of the computation, or a view of one
+        if key not in self._users:
+            self._users[key] = 0
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        self._users[key] += 1
+        weakref.finalize(tensor, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.now -= size
+
+
+@pytest.fixture(scope="session")
+def live_memory() -> type[LiveMemory]:
+    """Return a context that counts the bytes made in it."""
+    return LiveMemory

@@ -1,13 +1,12 @@
 """Chunked losses against the same losses over all logits at once, and what they keep in memory."""
 
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvvl.distill import losses
 from nvvl.distill.losses import BUFFERS, Rows, TopRows, chunk_rows, chunked_loss, take_top
@@ -153,50 +152,16 @@ def test_fewer_tokens_never_give_a_larger_kl() -> None:
     assert losses == sorted(losses)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of storages made inside the mode and still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self._add(tensor, known)
-        return out
-
-    def _add(self, tensor: Tensor, known: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key in known and key not in self._users:
-            return  # an input of the computation, or a view of one
-        if key not in self._users:
-            self._users[key] = 0
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-        self._users[key] += 1
-        weakref.finalize(tensor, self._drop, key, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-            self.now -= size
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_follows_the_formula_and_not_vocabulary_times_tokens(kind: Loss) -> None:
+def test_memory_follows_the_formula_and_not_vocabulary_times_tokens(
+    kind: Loss, live_memory: Callable[[], Any]
+) -> None:
     # 131,072 x 16,384 x 5,120 with every factor divided by 32; all logits would be 8 MiB a set
     vocab_size, num_rows, size = 4096, 512, 160
     student, teacher, targets = make_rows(num_rows, vocab_size, size=size, dtype=torch.bfloat16)
     frozen = Rows(student.hidden, student.head.detach())
     chunk_bytes = 512 * 1024
-    with LiveMemory() as memory:
+    with live_memory() as memory:
         loss = chunked_loss(kind, frozen, teacher=teacher, targets=targets, chunk_bytes=chunk_bytes)
         loss.backward()
     gradient, block = 4 * num_rows * size, 4 * size * vocab_size

@@ -10,6 +10,7 @@ import torch
 
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill import prepare
+from nvvl.distill import state as state_module
 from nvvl.distill.losses import chunked_loss
 from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
@@ -185,3 +186,58 @@ def test_weights_are_rounded_once_a_step(
     assert len(trainer.data.training_batches(0)) > 1
     trainer.step(0)
     assert trainer.student.num_refreshes == before + 1
+
+
+def test_events_and_log_have_every_step(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(recipe, num_steps=3, validate_every=2)
+    events = tmp_path / "events"
+    execution = Execution(tensorboard=events)
+    distill(run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=execution)
+    log = read_log(tmp_path / "out")
+    assert set(log[1]) >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
+    (path,) = events.glob("events.out.tfevents.*")
+    content = path.read_bytes()
+    assert content.count(b"distill/grad_norm") == 3
+    assert content.count(b"distill/validation_loss") == 2  # at 2 and at the last
+
+
+def test_best_weights_are_kept_and_the_best_of_them_written(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(recipe, num_steps=4, validate_every=1, keep_best=3)
+    result = distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    assert result is not None
+    log = read_log(tmp_path / "out")
+    losses = {line["step"]: line["validation_loss"] for line in log}
+    best = sorted(losses, key=lambda step: losses[step])[:3]
+    kept = sorted(path.name for path in (tmp_path / "out.train").glob("*.safetensors"))
+    assert kept == [f"best-{step:06}.safetensors" for step in sorted(best)]
+    assert result.best_step == best[0]
+
+
+def test_full_disk_while_saving_keeps_the_state_before(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = dataclasses.replace(recipe, num_steps=4, validate_every=2)
+    write = state_module.write_safetensors
+
+    def fail_later(path: Path, tensors: Any) -> None:
+        if path.name == "step-000004.safetensors":
+            raise OutputError(f"{path}: the disk is full")
+        write(path, tensors)
+
+    monkeypatch.setattr(state_module, "write_safetensors", fail_later)
+    with pytest.raises(OutputError, match="the disk is full"):
+        distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    monkeypatch.setattr(state_module, "write_safetensors", write)
+    steps: list[int] = []
+    execution = Execution(progress=lambda _stage, done, _all: steps.append(done))
+    assert distill(run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=execution)
+    assert steps == [3, 4]

@@ -35,9 +35,8 @@ def embed_items(
         with steps.weights_of(PROJECTOR):
             steps.map(tiles, lambda part: model.project(part[:, prefix_tokens:]))
         # the table is many times larger than a layer, so its rows are read where they are used
-        model.language_model.backbone.embeddings = EmbeddingRows(
-            checkpoint.info(f"{EMBEDDINGS}.weight")
-        )
+        rows = EmbeddingRows(checkpoint.info(f"{EMBEDDINGS}.weight"))
+        model.language_model.backbone.set_submodule("embeddings", rows)
         features = [None if part is None else part.to(device) for part in tiles]
         return [model.embed(i.to(device), f).cpu() for i, f in zip(ids, features, strict=True)]
 

@@ -19,6 +19,7 @@ from nvvl.distill.train import DistillResult, Execution, Trainer, distill
 from nvvl.errors import OutputError, TrainingError
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.quantize.manifest import Manifest
 
 NVVL = Execution(command=["nvvl"])
@@ -226,7 +227,7 @@ def test_full_disk_while_saving_keeps_the_state_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = dataclasses.replace(recipe, num_steps=4, validate_every=2)
-    write = state_module.write_safetensors
+    write = write_safetensors
 
     def fail_later(path: Path, tensors: Any) -> None:
         if path.name == "step-000004.safetensors":

@@ -16,6 +16,7 @@ from nvvl.calib_data.command import show
 from nvvl.distill.command import distill, precompute
 from nvvl.errors import NvvlError
 from nvvl.export.command import chat, onnx, plan, verify
+from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize
@@ -64,6 +65,7 @@ app.command(epilog="Example: nvvl distill RUN --teacher embedded -o OUT")(distil
 app.command(epilog="Example: nvvl precompute embedded -o LOGITS")(precompute)
 app.command(epilog="Example: nvvl verify OUT --against embedded")(verify)
 export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
+export_app.command(epilog="Example: nvvl export engine OUT engines --target sm120")(engine)
 export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)

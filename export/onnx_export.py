@@ -3,6 +3,7 @@
     vision.onnx    vision.data      tiles -> image embeddings
     prefill.onnx   language.data    any number of tokens and the states before -> logits, states
     decode.onnx    (the same file)  one token and the states before -> logits, states
+                                    or in parts: prefill.0.onnx, prefill.1.onnx, ...
     embedding.safetensors           token id -> embedding, where the graphs do not look it up
     io.json                         names, shapes, dtypes and states of the graphs
     recipe.json                     what they look like, resolved
@@ -33,6 +34,7 @@ from nvvl.export.onnx_language import EMBEDDINGS, Progress, build_language_graph
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_vision import build_vision_graph
 from nvvl.export.onnx_weights import CheckpointWeights, read_hashes
+from nvvl.export.parts import layer_sizes, split_layers
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.quantize.manifest import write_json
@@ -137,11 +139,23 @@ def _write_graphs(
 ) -> list[Graph]:
     with DataFile(folder / "vision.data") as data:
         graphs = [build_vision_graph(weights, recipe, data, progress=progress)]
+    sizes = {name: info.nbytes for name, info in weights.checkpoint.tensors.items()}
+    parts = split_layers(layer_sizes(sizes), recipe.num_parts)
     with DataFile(folder / "language.data") as data:
         for is_decode in (False, True):
-            graphs.append(
-                build_language_graph(weights, recipe, data, is_decode=is_decode, progress=progress)
-            )
+            for number, layers in enumerate(parts):
+                base = "decode" if is_decode else "prefill"
+                graphs.append(
+                    build_language_graph(
+                        weights,
+                        recipe,
+                        data,
+                        is_decode=is_decode,
+                        name=base if len(parts) == 1 else f"{base}.{number}",
+                        layers=layers,
+                        progress=progress,
+                    )
+                )
     for graph in graphs:
         path = folder / f"{graph.name}.onnx"
         onnx.save(graph.to_model(), path)

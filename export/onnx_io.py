@@ -2,6 +2,7 @@
 
 graphs       by name: file, inputs and outputs in order, each with name, dtype and shape, where a
              dynamic dimension is a word; states as pairs of an input and an output
+parts        names of the graphs that prefill and decode consist of, in order; mostly one each
 dimensions   smallest, usual and largest value of each of those words, for shape profiles
 model        what a runner must know of the network: sizes, special tokens
 """
@@ -32,16 +33,21 @@ def describe_graphs(
         for s in list_states(config.language, recipe)
     ]
     entries = {}
+    parts: dict[str, list[str]] = {"prefill": [], "decode": []}
     for graph in graphs:
+        own = {port.name for port in graph.inputs}
         entries[graph.name] = {
             "file": f"{graph.name}.onnx",
             "inputs": [_describe_port(port) for port in graph.inputs],
             "outputs": [_describe_port(port) for port in graph.outputs],
-            "states": [] if graph.name == "vision" else states,
+            "states": [state for state in states if state["input"] in own],
         }
+        if graph.name != "vision":
+            parts[graph.name.partition(".")[0]].append(graph.name)
     return {
         "format_version": FORMAT_VERSION,
         "graphs": entries,
+        "parts": parts,
         "dimensions": {
             name: list(span)
             for name, span in dimension_spans(recipe).items()

@@ -9,6 +9,9 @@ new token, as float32. The states of layer ``i``, in this order:
     past_key.i    present_key.i     attention  (B, V, S, D)           graph's dtype
     past_value.i  present_value.i   attention  (B, V, S, D)           graph's dtype
 
+Either may be made as several graphs of consecutive layers: each but the first takes ``hidden_in``,
+each but the last gives ``hidden_out`` (B, T, hidden), and each has the states of its own layers.
+
 They take embeddings, or token ids and, in prefill, the image embeddings of these tokens.
 At the start of a sequence all states are zero (a growing cache: S = 0). All rows of a batch have
 the same number of tokens; there is no padding mask.
@@ -54,11 +57,12 @@ class StatePair:
         return f"present_{self.kind}.{self.layer}"
 
 
-def list_states(config: LanguageConfig, recipe: GraphRecipe) -> list[StatePair]:
-    """List the states of every layer, in the order of the graphs' inputs."""
-    return [
-        state for layer in range(len(config.layers)) for state in _states(config, recipe, layer)
-    ]
+def list_states(
+    config: LanguageConfig, recipe: GraphRecipe, layers: range | None = None
+) -> list[StatePair]:
+    """List the states of every layer, or of some, in the order of the graphs' inputs."""
+    layers = range(len(config.layers)) if layers is None else layers
+    return [state for layer in layers for state in _states(config, recipe, layer)]
 
 
 def build_language_graph(
@@ -67,33 +71,42 @@ def build_language_graph(
     data: DataFile,
     *,
     is_decode: bool,
+    name: str | None = None,
+    layers: range | None = None,
     progress: Progress | None = None,
 ) -> Graph:
-    """Build ``prefill`` or ``decode``; weights are written to ``data`` a layer at a time.
+    """Build ``prefill`` or ``decode``, or a part of it, writing weights to ``data`` by the layer.
 
     Args:
         weights: the checkpoint's tensors.
         recipe: what the graph looks like.
         data: the file both graphs share.
         is_decode: which of the two.
+        name: of the graph, if it is a part.
+        layers: consecutive layers to put in; all if None.
         progress: called after each layer.
     """
     config = weights.checkpoint.config.language
-    name = "decode" if is_decode else "prefill"
+    name = name or ("decode" if is_decode else "prefill")
+    layers = range(len(config.layers)) if layers is None else layers
     g = Graph(name, recipe.dtype, data)
     length: Dim = 1 if is_decode else "tokens"
-    if recipe.token_embedding == "inside":
+    hidden: tuple[Dim, ...] = ("batch", length, config.hidden_size)
+    if layers.start > 0:
+        x = g.input("hidden_in", recipe.dtype, hidden)
+    elif recipe.token_embedding == "inside":
         x = _embed(g, weights, length)
     else:
-        x = g.input("inputs_embeds", recipe.dtype, ("batch", length, config.hidden_size))
-    if recipe.kv_cache == "fixed" and "attention" in config.layers:
+        x = g.input("inputs_embeds", recipe.dtype, hidden)
+    if recipe.kv_cache == "fixed" and "attention" in [config.layers[layer] for layer in layers]:
         g.input(POSITIONS, "int64", (length,))
-    states = list_states(config, recipe)
+    states = list_states(config, recipe, layers)
     for state in states:
         g.input(state.past_name, state.dtype, state.past)
     mamba = MambaMixer(config, is_decode)
     attention = AttentionMixer(config, recipe.kv_cache, is_decode)
-    for layer, kind in enumerate(config.layers):
+    for layer in layers:
+        kind = config.layers[layer]
         fqn = f"{BACKBONE}.layers.{layer}"
         mixer = f"{fqn}.mixer"
         normed = rms_norm(g, weights, f"{fqn}.norm", x, eps=config.layer_norm_epsilon)
@@ -108,7 +121,10 @@ def build_language_graph(
         x = g.op("Add", x, mixed, at=fqn)
         if progress is not None:
             progress(f"{name}: layer {layer}", layer + 1, len(config.layers))
-    _emit_logits(g, weights, x, config)
+    if layers.stop == len(config.layers):
+        _emit_logits(g, weights, x, config, is_decode=is_decode)
+    else:
+        g.output(x, "hidden_out", recipe.dtype, hidden, at=f"{BACKBONE}.layers.{layers[-1]}")
     return g
 
 
@@ -141,10 +157,12 @@ def _embed(g: Graph, weights: CheckpointWeights, length: Dim) -> str:
     return g.op("Where", g.unsqueeze(is_image, -1, at=at), picked, embeds, at=at)
 
 
-def _emit_logits(g: Graph, weights: CheckpointWeights, x: str, config: LanguageConfig) -> None:
+def _emit_logits(
+    g: Graph, weights: CheckpointWeights, x: str, config: LanguageConfig, *, is_decode: bool
+) -> None:
     """Emit norm and head over the last token."""
     norm, head = f"{BACKBONE}.norm_f", "language_model.lm_head"
-    if g.name == "prefill":
+    if not is_decode:
         x = g.slice(x, -1, TO_END, 1, at=norm)
     x = rms_norm(g, weights, norm, x, eps=config.layer_norm_epsilon)
     logits = g.to_float(linear(g, weights, head, x), at=head)

@@ -4,6 +4,7 @@
     kv_cache = "fixed"           # fixed capacity with positions, or growing
     kv_capacity = 4096           # tokens that a fixed cache holds
     token_embedding = "sidecar"  # looked up outside the graphs, or inside
+    num_parts = 1                # consecutive graphs that prefill and decode are made as
 
 An unknown key is an error that names the nearest known one.
 """
@@ -31,6 +32,8 @@ class GraphRecipe:
             profiles allow.
         token_embedding: ``sidecar``: graphs take embeddings, the table lies in
             ``embedding.safetensors``. ``inside``: they take token ids and image embeddings.
+        num_parts: Consecutive graphs that ``prefill`` and ``decode`` each become, for machines with
+            too little memory to build from one; the hidden activations of each go to the next.
         max_batch: Largest batch of the shape profiles.
         max_tiles: Most tiles of one run of the vision graph in the shape profiles.
         prefill_tokens: Most new tokens of one run of the prefill graph in the shape profiles;
@@ -41,6 +44,7 @@ class GraphRecipe:
     kv_cache: Literal["fixed", "growing"] = "fixed"
     kv_capacity: int = 4096
     token_embedding: Literal["sidecar", "inside"] = "sidecar"
+    num_parts: int = 1
     max_batch: int = 4
     max_tiles: int = 13
     prefill_tokens: int = 2048

@@ -20,6 +20,7 @@ VERBS = [
     ["quantize"],
     ["distill"],
     ["verify"],
+    ["export", "engine"],
     ["export", "serve"],
     ["evaluate"],
     ["report"],

@@ -81,6 +81,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     thinking_budget: ThinkingBudget | None = None,
+    image_features: Tensor | None = None,
     on_tokens: Callable[[dict[int, int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt of a batch.
@@ -94,6 +95,8 @@ def generate(
         top_p: Samples only from the likeliest tokens whose probabilities reach this sum.
         seed: Of the sampling. The same seed, batch and logits give the same tokens.
         thinking_budget: Cuts reasoning; None leaves it alone.
+        image_features: (image tokens of the batch, hidden), where the images were encoded before;
+            the batch's pixels are then not looked at.
         on_tokens: Called after each step with {row: token} of the rows that go on.
 
     Returns:
@@ -116,12 +119,13 @@ def generate(
     thoughts = [_Thought(thinking_budget, batch.input_ids[row].tolist()) for row in rows]
     uniforms = torch.Generator().manual_seed(seed)
 
-    output = model(
-        batch.input_ids.to(device),
-        pixel_values=batch.pixel_values.to(device),
-        padding_mask=batch.padding_mask.to(device),
-        logits_to_keep=1,
-    )
+    input_ids, padding_mask = batch.input_ids.to(device), batch.padding_mask.to(device)
+    if image_features is None:
+        pixels = batch.pixel_values.to(device)
+        output = model(input_ids, pixel_values=pixels, padding_mask=padding_mask, logits_to_keep=1)
+    else:
+        embeds = model.embed(input_ids, image_features)
+        output = model(inputs_embeds=embeds, padding_mask=padding_mask, logits_to_keep=1)
     for _ in range(max_new_tokens):
         # drawn for all rows, so that a row's numbers do not depend on when others ended
         uniform = torch.rand(len(answers), generator=uniforms)[rows]

@@ -3,9 +3,11 @@
 Every run must have been asked the same items (equal hashes), so each difference is taken item by
 item. Numbers come with the interval that their item count allows: Wilson's for exact match, a
 bootstrap over items for everything else. KL is averaged over the tokens of an answer first and
-over items then, so long answers do not outweigh short ones.
+over items then, so long answers do not outweigh short ones. Perplexity is that of all tokens, as
+language models are compared.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from nvvl.errors import DataError
 from nvvl.reports.compare import (
     Interval,
     bootstrap_intervals,
+    bootstrap_ratio,
     mcnemar_test,
     paired_difference,
     recovery_percent,
@@ -52,7 +55,10 @@ class SuiteScore:
         metric: the suite's own metric, as `nvvl.reports.metrics` names it.
         score: its mean.
         exact_match: share of answers equal to the truth.
-        cer: mean character error rate.
+        cer: mean character error rate; None where no answers are asked for.
+        anls: mean normalized Levenshtein similarity; None as above.
+        perplexity: of the true answers' tokens, given the prompt and the tokens before.
+        visual_tokens: mean number of image tokens of a prompt.
         kl: mean KL(teacher || model) in nats; None where it was not measured.
         top1: share of answer tokens with the teacher's most likely token, mean over items.
         difference: None for the baseline itself.
@@ -61,7 +67,10 @@ class SuiteScore:
     metric: str
     score: Interval
     exact_match: Interval
-    cer: Interval
+    cer: Interval | None
+    anls: Interval | None
+    perplexity: Interval
+    visual_tokens: float
     kl: Interval | None
     top1: Interval | None
     difference: Difference | None
@@ -180,13 +189,18 @@ def _score_suite(
     metric: str, answers: Sequence[Answer], baseline: Sequence[Answer] | None
 ) -> SuiteScore:
     exact_match = _exact_match(answers)
-    score, cer = bootstrap_intervals([(a.score, a.cer) for a in answers])
+    (score,) = bootstrap_intervals([(a.score,) for a in answers])
+    texts = [(a.cer, a.anls) for a in answers if a.cer is not None and a.anls is not None]
+    cer, anls = bootstrap_intervals(texts) if texts else (None, None)
     kl, top1 = _divergence(answers)
     return SuiteScore(
         metric=metric,
         score=exact_match if metric == "exact_match" else score,
         exact_match=exact_match,
         cer=cer,
+        anls=anls,
+        perplexity=_perplexity(answers),
+        visual_tokens=sum(a.num_visual_tokens for a in answers) / len(answers),
         kl=kl,
         top1=top1,
         difference=None if baseline is None else _compare(answers, baseline),
@@ -236,6 +250,13 @@ def _count_changes(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[i
 
 def _exact_match(answers: Sequence[Answer]) -> Interval:
     return wilson_interval(sum(a.correct for a in answers), len(answers))
+
+
+def _perplexity(answers: Sequence[Answer]) -> Interval:
+    """Return exp of the mean over all tokens; items are resampled with their tokens together."""
+    weights = [float(a.num_tokens) for a in answers]
+    mean = bootstrap_ratio([a.nll * a.num_tokens for a in answers], weights)
+    return Interval(*(math.exp(v) for v in (mean.estimate, mean.low, mean.high)), mean.n)
 
 
 def _divergence(answers: Sequence[Answer]) -> tuple[Interval | None, Interval | None]:

@@ -6,6 +6,7 @@ item that both runs get right, or both get wrong, adds no noise.
 
 `wilson_interval`       one proportion (Wilson, JASA 22, 1927); keeps inside 0..1 near the ends.
 `bootstrap_intervals`   percentile bootstrap of means (Efron and Tibshirani, 1993, chapter 13).
+`bootstrap_ratio`       the same, of a ratio of sums, such as a mean over tokens.
 `paired_difference`     the same, of per-item differences.
 `mcnemar_test`          exact two-sided test on the items that changed sides (McNemar 1947).
 
@@ -97,6 +98,40 @@ def bootstrap_intervals(
         Interval(float(mean), float(low), float(high), len(samples))
         for mean, low, high in zip(samples.mean(axis=0), lows, highs, strict=True)
     ]
+
+
+def bootstrap_ratio(
+    numerators: npt.ArrayLike,
+    denominators: npt.ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return sum(numerators) / sum(denominators) and its percentile bootstrap interval.
+
+    Both sides of an item are drawn together, as for a mean over tokens when items are sampled.
+
+    Args:
+        numerators: (n,) finite.
+        denominators: (n,) positive.
+        confidence: probability mass of the interval.
+        num_resamples: how many sets of n items are drawn with replacement.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: if there is no item, or a value is out of range.
+    """
+    samples = np.stack([np.asarray(numerators, float), np.asarray(denominators, float)], axis=-1)
+    if samples.ndim != 2 or not samples.size or not np.isfinite(samples).all():
+        raise ValueError(f"bootstrap_ratio: required finite values, got shape {samples.shape}")
+    if (samples[:, 1] <= 0).any():
+        raise ValueError("bootstrap_ratio: required positive denominators")
+    means = _resample_means(samples, num_resamples, np.random.default_rng(seed))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means[:, 0] / means[:, 1], [tail, 1 - tail])
+    estimate = samples[:, 0].sum() / samples[:, 1].sum()
+    return Interval(float(estimate), float(low), float(high), len(samples))
 
 
 def paired_difference(

@@ -29,8 +29,15 @@ from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.quantize.load import load_any
 from nvvl.reports.journal import Journal
-from nvvl.reports.measure import Panel, Question, Response, prepare_question
-from nvvl.reports.metrics import METRICS, character_error_rate, exact_match
+from nvvl.reports.measure import Panel, Response
+from nvvl.reports.metrics import (
+    METRICS,
+    anls,
+    character_error_rate,
+    exact_match,
+    token_probability,
+)
+from nvvl.reports.question import Question, prepare_question
 from nvvl.reports.run import (
     GATE_CONDITIONS,
     Answer,
@@ -77,6 +84,7 @@ class Options:
         device: where the models run.
         dtype: dtype of their computation.
         max_num_tiles: most tiles an image is cut into; None for the model's own limit.
+        pruning_rate: share of the image tokens of each video to drop (EVS), 0 to less than 1.
     """
 
     num_items: int = 1000
@@ -86,11 +94,16 @@ class Options:
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     max_num_tiles: int | None = None
+    pruning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _require_range("num_items", self.num_items, 1, None)
         _require_range("batch_size", self.batch_size, 1, None)
         _require_range("gate_items", self.gate_items, 0, self.num_items)
+        if self.max_num_tiles is not None:
+            _require_range("max_num_tiles", self.max_num_tiles, 1, None)
+        if not 0 <= self.pruning_rate < 1:
+            raise DataError(f"pruning_rate: required 0 to less than 1, got {self.pruning_rate}")
 
 
 def evaluate(
@@ -125,6 +138,7 @@ def evaluate(
     options = options or Options()
     if not suites or not candidates:
         raise DataError("evaluate: required at least one suite and one checkpoint")
+    _require_items(suites, options.num_items)
     if len({Path(candidate.out).resolve() for candidate in candidates}) < len(candidates):
         raise DataError("evaluate: required another folder for the run of each checkpoint")
     folders = [Path(candidate.folder) for candidate in candidates]
@@ -162,6 +176,7 @@ def _open_journal(
         device=options.device,
         dtype=str(options.dtype).removeprefix("torch."),
         max_num_tiles=options.max_num_tiles,
+        pruning_rate=options.pruning_rate,
         nvvl_version=nvvl.__version__,
     )
     about = {"model": str(folder), **describe_model(folder)}
@@ -183,12 +198,13 @@ def _load_panel(
         if sha256 not in models:
             models[sha256] = load_any(folder, dtype=options.dtype, device=options.device)
     members = [models[journal.settings.model_sha256] for journal in journals]
+    rate = options.pruning_rate
     if teacher is None:
-        return Panel(members, processor)
+        return Panel(members, processor, pruning_rate=rate)
     teacher_model = models.get(journals[0].settings.teacher_sha256 or "")
     if teacher_model is None:
         teacher_model = load_any(Path(teacher), dtype=options.dtype, device=options.device)
-    return Panel(members, processor, teacher=teacher_model)
+    return Panel(members, processor, teacher=teacher_model, pruning_rate=rate)
 
 
 class _Session:
@@ -284,7 +300,8 @@ def _to_answer(
     item_sha256: str,
     response: Response,
 ) -> Answer:
-    truth = question.truth
+    truth, text = question.truth, response.text
+    answered = suite.max_new_tokens > 0
     return Answer(
         suite=suite.name,
         index=index,
@@ -293,13 +310,16 @@ def _to_answer(
         item_sha256=item_sha256,
         question=question.item.messages[-2].content,
         truth=truth,
-        answer=response.text,
-        score=METRICS[suite.metric](response.text, truth),
-        correct=exact_match(response.text, truth) == 1.0,
-        cer=character_error_rate(response.text, truth),
+        answer=text,
+        score=METRICS[suite.metric](text, truth) if answered else token_probability(response.nll),
+        correct=exact_match(text, truth) == 1.0 if answered else response.is_true,
+        cer=character_error_rate(text, truth) if answered else None,
+        anls=anls(text, truth) if answered else None,
+        nll=response.nll,
         kl=response.kl,
         top1=response.top1,
         num_tokens=len(question.answer_ids),
+        num_visual_tokens=response.num_visual_tokens,
     )
 
 
@@ -324,6 +344,15 @@ def _require_range(name: str, value: int, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
         raise DataError(f"{name}: required {bounds}, got {value}")
+
+
+def _require_items(suites: Sequence[Suite], num_items: int) -> None:
+    for suite in suites:
+        if suite.num_available is not None and num_items > suite.num_available:
+            raise DataError(
+                f"{suite.name}: has {suite.num_available} items, asked for {num_items}; ask for "
+                "fewer items, or leave the suite out"
+            )
 
 
 def _require_same_inputs(folders: Sequence[Path]) -> Processor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from nvvl.calib_data.items import Item, item_hash
+from nvvl.reports.metrics import TOKEN_PROBABILITY
 from nvvl.reports.run import Answer, RunResult
 from nvvl.reports.suites import SUITES
 
@@ -83,7 +84,12 @@ def find_examples(runs: Sequence[RunResult], *, per_suite: int) -> list[SuiteExa
         runs: finished runs over the same items.
         per_suite: most questions to show of a suite.
     """
-    return [_examples_of(suite, runs, per_suite) for suite in runs[0].settings.suites]
+    settings = runs[0].settings
+    return [
+        _examples_of(suite, runs, per_suite)
+        for suite, metric in zip(settings.suites, settings.metrics, strict=True)
+        if metric != TOKEN_PROBABILITY  # no answers
+    ]
 
 
 def mark_errors(answer: str, truth: str) -> tuple[Span, ...]:

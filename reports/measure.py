@@ -1,11 +1,12 @@
 """Ask models a set of questions side by side: greedy answers, and how far from the teacher.
 
-One pass over prompt and true answer gives the logits from which KL and top-1 agreement with the
-teacher are taken. The same logits also settle most answers: where the most likely token at each
-position is the next token of the true answer, greedy decoding writes exactly that answer, so there
-is nothing left to generate. Only the questions a model gets wrong are decoded token by token (this
-is speculative decoding, Leviathan et al., arXiv 2211.17192, with the truth as draft). As with any
-change of batch, a tie within rounding error may fall the other way.
+One pass over prompt and true answer gives the logits from which likelihood, KL and top-1 agreement
+with the teacher are taken. The same logits also settle most answers: where the most likely token at
+each position is the next token of the true answer, greedy decoding writes exactly that answer, so
+there is nothing left to generate. Only the questions a model gets wrong are decoded token by token
+(this is speculative decoding, Leviathan et al., arXiv 2211.17192, with the truth as draft). They
+wait until there is a whole batch of them. As with any change of batch, a tie within rounding error
+may fall the other way.
 
 Quantizing the language model leaves the vision tower as it was. Models whose tower and projector
 are equal bit for bit share one encoding of each image, the teacher included.
@@ -14,86 +15,76 @@ Shapes: B questions, T tokens, N answer tokens of the batch, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from nvvl.calib_data.items import Item
-from nvvl.errors import DataError
 from nvvl.model.generate import generate
-from nvvl.model.processor import Batch, ModelInputs, Processor, collate
+from nvvl.model.processor import Batch, Processor
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.reports.metrics import logit_divergence
+from nvvl.reports.metrics import answer_nll, logit_divergence
+from nvvl.reports.question import Encoded, Question, encode_questions
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Question:
-    """An item made ready for a model.
-
-    Attributes:
-        item: what is asked; its last message is the true answer.
-        prompt: the tokens up to where the model has to answer, and the pixels.
-        answered: the same with the true answer and its end of turn behind it.
-    """
-
-    item: Item
-    prompt: ModelInputs
-    answered: ModelInputs
-
-    @property
-    def truth(self) -> str:
-        """The true answer."""
-        return self.item.messages[-1].content
-
-    @property
-    def answer_ids(self) -> Tensor:
-        """The true answer with its end of turn, (N,) int64."""
-        return self.answered.input_ids[self.answered.answer_mask]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Response:
     """What a model makes of a question.
 
     Attributes:
-        text: its greedy answer.
-        kl: mean KL(teacher || model) over the answer tokens, in nats; None without a teacher.
-        top1: fraction of answer tokens at which both rank the same token first.
+        text: its greedy answer; empty where none was asked for.
+        is_true: whether greedy decoding writes the true answer, token by token.
+        nll: mean negative log-likelihood of the true answer's tokens, in nats.
+        kl: mean KL(teacher || model) over these tokens, in nats; None without a teacher.
+        top1: fraction of these tokens at which both rank the same token first.
+        num_visual_tokens: image tokens in the prompt.
     """
 
     text: str
+    is_true: bool
+    nll: float
     kl: float | None
     top1: float | None
+    num_visual_tokens: int
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the pass over one true answer tells: whether it is the greedy one, KL and top-1."""
+    """What the pass over one true answer tells."""
 
-    is_greedy: bool
+    is_true: bool
+    nll: float
     kl: float | None
     top1: float | None
 
 
-def prepare_question(
-    item: Item, processor: Processor, *, max_num_tiles: int | None = None
-) -> Question:
-    """Turn an item into tokens and pixels.
+@dataclass
+class _Sheet:
+    """What one model has answered so far, by the place of the question.
 
-    Raises:
-        DataError: if its last message is not the assistant's, and as the processor does.
+    Attributes:
+        waiting: questions that are to be decoded, at most a batch of them.
     """
-    if not item.messages or item.messages[-1].role != "assistant":
-        raise DataError(f"{item.item_id}: the last message must be the assistant's true answer")
-    inputs = processor(
-        item.messages, images=item.images, videos=item.videos, max_num_tiles=max_num_tiles
-    )
-    first, last = inputs.answer_mask.nonzero().squeeze(-1)[[0, -1]].tolist()
-    return Question(item, _cut(inputs, first), _cut(inputs, last + 1))
+
+    model: NemotronNanoVL
+    readings: dict[int, _Reading] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    visual_tokens: dict[int, int] = field(default_factory=dict)
+    waiting: list[tuple[int, Encoded]] = field(default_factory=list)
+
+    def response(self, place: int) -> Response:
+        reading = self.readings[place]
+        return Response(
+            text=self.texts[place],
+            is_true=reading.is_true,
+            nll=reading.nll,
+            kl=reading.kl,
+            top1=reading.top1,
+            num_visual_tokens=self.visual_tokens[place],
+        )
 
 
 class Panel:
@@ -103,6 +94,7 @@ class Panel:
         models: the models under test, on one device.
         teacher: the model KL is measured against, or None; may be one of ``models``.
         processor: of any of them.
+        pruning_rate: share of the tokens of each video to drop, from every model alike.
     """
 
     def __init__(
@@ -111,10 +103,12 @@ class Panel:
         processor: Processor,
         *,
         teacher: NemotronNanoVL | None = None,
+        pruning_rate: float = 0.0,
     ) -> None:
         self.models = list(models)
         self.teacher = teacher
         self.processor = processor
+        self.pruning_rate = pruning_rate
         self._encoders: dict[NemotronNanoVL, NemotronNanoVL] = {}
         for model in self.models if teacher is None else [teacher, *self.models]:
             twins = (m for m in self._encoders.values() if m is model or _same_vision(m, model))
@@ -134,140 +128,145 @@ class Panel:
 
         Args:
             questions: sorted by length here, so that a batch pads little.
-            max_new_tokens: longest answer, in tokens.
+            max_new_tokens: longest answer, in tokens; 0 asks for none.
             batch_size: questions that are run at a time.
             compare: measure KL and top-1 agreement, if there is a teacher.
             members: which of ``models`` to ask; all by default.
         """
-        models = [
-            self.models[index]
+        sheets = [
+            _Sheet(self.models[index])
             for index in (range(len(self.models)) if members is None else members)
         ]
-        readings: list[list[_Reading]] = [[] for _ in models]
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i].answered.input_ids))
-        arranged = [questions[index] for index in order]
-        for batch in _split(arranged, batch_size):
-            for row, batch_readings in zip(
-                readings, self._read(models, batch, compare), strict=True
-            ):
-                row.extend(batch_readings)
-        responses = []
-        for model, row in zip(models, readings, strict=True):
-            texts = self._answer(model, arranged, row, max_new_tokens, batch_size)
-            by_index = {
-                index: Response(text, reading.kl, reading.top1)
-                for index, text, reading in zip(order, texts, row, strict=True)
-            }
-            responses.append([by_index[index] for index in range(len(questions))])
-        return responses
-
-    def _read(
-        self, models: Sequence[NemotronNanoVL], questions: Sequence[Question], compare: bool
-    ) -> Iterator[list[_Reading]]:
-        """Run each model over prompts and true answers of one batch."""
-        batch = _to_device(
-            collate([q.answered for q in questions], models[0].config.language.pad_token_id),
-            models[0].language_model.lm_head.weight.device,
-        )
-        counts = batch.answer_mask.sum(-1).tolist()
-        targets = batch.input_ids[batch.answer_mask]
-        features: dict[NemotronNanoVL, Tensor] = {}
         teacher = self.teacher if compare else None
-        teacher_logits = None if teacher is None else self._logits(teacher, batch, features)
-        for model in models:
-            logits = (
-                teacher_logits
-                if teacher_logits is not None and model is teacher
-                else self._logits(model, batch, features)
-            )
-            hits = [bool(hit.all()) for hit in (logits.argmax(-1) == targets).split(counts)]
-            if teacher_logits is None:
-                yield [_Reading(hit, None, None) for hit in hits]
-                continue
-            divergence, agrees = logit_divergence(teacher_logits, logits)
-            yield [
-                _Reading(hit, float(kl.mean()), float(agree.float().mean()))
-                for hit, kl, agree in zip(
-                    hits, divergence.split(counts), agrees.split(counts), strict=True
-                )
-            ]
+        places = sorted(range(len(questions)), key=lambda i: len(questions[i].answered.input_ids))
+        for part in _split(places, batch_size):
+            batch = [questions[place] for place in part]
+            self._answer_batch(sheets, teacher, part, batch, max_new_tokens, batch_size)
+        for sheet in sheets:
+            self._decode(sheet, len(sheet.waiting), max_new_tokens)
+        return [[sheet.response(place) for place in range(len(questions))] for sheet in sheets]
 
-    def _logits(
-        self, model: NemotronNanoVL, batch: Batch, features: dict[NemotronNanoVL, Tensor]
-    ) -> Tensor:
-        """Return the logits (N, V) that predict the answer tokens, question after question.
-
-        Args:
-            model: the model to run.
-            batch: prompts with answers.
-            features: image features of the batch by encoding model; filled here.
-        """
-        encoder = self._encoders[model]
-        if encoder not in features and len(batch.pixel_values):
-            features[encoder] = encoder.encode_images(batch.pixel_values)
-        # Padding is on the left, so all answers lie in the last positions; the logits of a token
-        # are one position before it.
-        longest = int(batch.answer_mask.sum(-1).max())
-        output = model(
-            inputs_embeds=model.embed(batch.input_ids, features.get(encoder)),
-            padding_mask=batch.padding_mask,
-            logits_to_keep=longest + 1,
-        )  # (B, longest + 1, V)
-        logits: Tensor = output.logits[:, :-1][batch.answer_mask[:, -longest:]]
-        return logits
-
-    def _answer(
+    def _answer_batch(
         self,
-        model: NemotronNanoVL,
+        sheets: Sequence[_Sheet],
+        teacher: NemotronNanoVL | None,
+        places: Sequence[int],
         questions: Sequence[Question],
-        readings: Sequence[_Reading],
         max_new_tokens: int,
         batch_size: int,
-    ) -> list[str]:
-        """Return a model's answers; decode only where the true answer is not the greedy one."""
-        ids = [
-            question.answer_ids.tolist() if reading.is_greedy else None
-            for question, reading in zip(questions, readings, strict=True)
-        ]
-        is_open = [row is None or len(row) > max_new_tokens for row in ids]
-        prompts = [q.prompt for q, unknown in zip(questions, is_open, strict=True) if unknown]
-        generated: list[list[int]] = []
-        for part in _split(prompts, batch_size):
-            generated += generate(
-                model,
-                collate(part, model.config.language.pad_token_id),
-                eos_token_id=model.config.language.eos_token_id,
-                max_new_tokens=max_new_tokens,
+    ) -> None:
+        """Run each model over prompts and true answers; decode where a whole batch waits."""
+        models = [sheet.model for sheet in sheets]
+        encoded = {
+            encoder: encode_questions(encoder, questions, pruning_rate=self.pruning_rate)
+            for encoder in dict.fromkeys(
+                self._encoders[model] for model in ([teacher, *models] if teacher else models)
             )
-        answers = iter(generated)
-        return [
-            self.processor.decode(next(answers) if row is None or unknown else row).strip()
-            for row, unknown in zip(ids, is_open, strict=True)
-        ]
+        }
+        teacher_logits = (
+            None if teacher is None else _answer_logits(teacher, encoded[self._encoders[teacher]])
+        )
+        for sheet in sheets:
+            batch = encoded[self._encoders[sheet.model]]
+            same = teacher_logits is not None and sheet.model is teacher
+            logits = teacher_logits if same else _answer_logits(sheet.model, batch)
+            assert logits is not None
+            for place, question, reading in zip(
+                places, batch, _read(logits, batch, teacher_logits), strict=True
+            ):
+                sheet.readings[place] = reading
+                sheet.visual_tokens[place] = len(question.features)
+                if not max_new_tokens:
+                    sheet.texts[place] = ""
+                elif reading.is_true and len(question.answer_ids) <= max_new_tokens:
+                    sheet.texts[place] = self.processor.decode(question.answer_ids.tolist()).strip()
+                else:
+                    sheet.waiting.append((place, question))
+            if len(sheet.waiting) >= batch_size:
+                self._decode(sheet, batch_size, max_new_tokens)
+
+    def _decode(self, sheet: _Sheet, num_questions: int, max_new_tokens: int) -> None:
+        """Decode the answers of the questions that have waited longest."""
+        due, sheet.waiting = sheet.waiting[:num_questions], sheet.waiting[num_questions:]
+        if not due:
+            return
+        language = sheet.model.config.language
+        answers = generate(
+            sheet.model,
+            _collate([question.prompt_ids for _, question in due], language.pad_token_id),
+            eos_token_id=language.eos_token_id,
+            max_new_tokens=max_new_tokens,
+            image_features=_join_features([question for _, question in due]),
+        )
+        for (place, _), ids in zip(due, answers, strict=True):
+            sheet.texts[place] = self.processor.decode(ids).strip()
+
+
+def _read(
+    logits: Tensor, questions: Sequence[Encoded], teacher_logits: Tensor | None
+) -> Iterator[_Reading]:
+    """Compare logits (N, V) with the true answers, and with the teacher's logits (N, V)."""
+    counts = [len(question.answer_ids) for question in questions]
+    targets = torch.cat([question.answer_ids for question in questions]).to(logits.device)
+    hits = (logits.argmax(-1) == targets).split(counts)
+    nlls = answer_nll(logits, targets).split(counts)
+    if teacher_logits is None:
+        for hit, nll in zip(hits, nlls, strict=True):
+            yield _Reading(bool(hit.all()), float(nll.mean()), None, None)
+        return
+    divergence, agrees = logit_divergence(teacher_logits, logits)
+    for hit, nll, kl, agree in zip(
+        hits, nlls, divergence.split(counts), agrees.split(counts), strict=True
+    ):
+        kl_mean, top1 = float(kl.mean()), float(agree.float().mean())
+        yield _Reading(bool(hit.all()), float(nll.mean()), kl_mean, top1)
+
+
+def _answer_logits(model: NemotronNanoVL, questions: Sequence[Encoded]) -> Tensor:
+    """Return the logits (N, V) that predict the answer tokens, question after question."""
+    device = model.language_model.lm_head.weight.device
+    batch = _collate(
+        [torch.cat([question.prompt_ids, question.answer_ids]) for question in questions],
+        model.config.language.pad_token_id,
+    )
+    # Padding is on the left, so all answers lie in the last positions; the logits of a token
+    # are one position before it.
+    counts = torch.tensor([len(question.answer_ids) for question in questions])
+    longest = int(counts.max())
+    output = model(
+        inputs_embeds=model.embed(batch.input_ids.to(device), _join_features(questions)),
+        padding_mask=batch.padding_mask.to(device),
+        logits_to_keep=longest + 1,
+    )  # (B, longest + 1, V)
+    is_answer = torch.arange(longest) >= longest - counts[:, None]  # (B, longest)
+    logits: Tensor = output.logits[:, :-1][is_answer.to(device)]
+    return logits
+
+
+def _collate(rows: Sequence[Tensor], pad_token_id: int) -> Batch:
+    """Pad rows of ids (T,) on the left; the pixels are left out, as they were encoded before."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    padding_mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, length - len(row) :] = row
+        padding_mask[index, length - len(row) :] = True
+    return Batch(
+        input_ids=input_ids,
+        padding_mask=padding_mask,
+        pixel_values=torch.zeros(0, 3, 1, 1),
+        answer_mask=torch.zeros_like(padding_mask),
+    )
+
+
+def _join_features(questions: Sequence[Encoded]) -> Tensor | None:
+    """Return the features of all questions, one behind the other; None without images."""
+    features = torch.cat([question.features for question in questions])
+    return features if len(features) else None
 
 
 def _split(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (values[start : start + size] for start in range(0, len(values), size))
-
-
-def _cut(inputs: ModelInputs, length: int) -> ModelInputs:
-    """Keep the first tokens, and all pixels: images come before answers."""
-    return replace(
-        inputs,
-        input_ids=inputs.input_ids[:length],
-        answer_mask=inputs.answer_mask[:length],
-        video_mask=None if inputs.video_mask is None else inputs.video_mask[:length],
-    )
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return replace(
-        batch,
-        input_ids=batch.input_ids.to(device),
-        padding_mask=batch.padding_mask.to(device),
-        pixel_values=batch.pixel_values.to(device),
-        answer_mask=batch.answer_mask.to(device),
-    )
 
 
 def _same_vision(first: NemotronNanoVL, second: NemotronNanoVL) -> bool:

@@ -12,18 +12,31 @@ space and otherwise compared as they stand, unless a metric says more.
                           arXiv 1905.13648, equation 2), the score of DocVQA.
 `relaxed_accuracy`        numbers within 5 %, other answers equal without regard to case (Masry et
                           al., arXiv 2203.10244, section 5), the score of ChartQA.
+`token_probability`       geometric mean of the probabilities of the true answer's tokens, so
+                          1 / `token_probability` is the perplexity of the item; taken from
+                          `answer_nll`, not from strings.
 `logit_divergence`        KL and top-1 agreement of two models on the same tokens.
+`answer_nll`              negative log-likelihood of tokens, in nats.
+
+Edit distances are rapidfuzz's and character error rates jiwer's, which counts with it.
 """
 
 import math
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
+import jiwer
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
+from torch.nn import functional
 
-MetricName = Literal["exact_match", "character_accuracy", "anls", "relaxed_accuracy"]
+MetricName = Literal[
+    "exact_match", "character_accuracy", "anls", "relaxed_accuracy", "token_probability"
+]
+
+# Scores that are read off the logits of the true answer; no answer is generated for them.
+TOKEN_PROBABILITY: MetricName = "token_probability"
 
 # Tokens whose log-probabilities are held in float32 at a time: 256 x 131,072 x 4 bytes = 134 MB.
 _CHUNK_TOKENS = 256
@@ -35,22 +48,8 @@ def exact_match(answer: str, truth: str) -> float:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Count the insertions, deletions and substitutions that turn one string into the other.
-
-    One numpy row a character of the shorter string; memory is linear in the longer one.
-    """
-    if len(first) > len(second):
-        first, second = second, first
-    codes = np.array([ord(character) for character in second], dtype=np.int64)
-    columns = np.arange(len(codes) + 1)
-    row = columns
-    for index, character in enumerate(first, start=1):
-        step = np.empty_like(row)
-        step[0] = index
-        np.minimum(row[1:] + 1, row[:-1] + (codes != ord(character)), out=step[1:])
-        # An insertion costs 1 a column: row[j] = min over i <= j of step[i] + (j - i).
-        row = np.minimum.accumulate(step - columns) + columns
-    return int(row[-1])
+    """Count the insertions, deletions and substitutions that turn one string into the other."""
+    return Levenshtein.distance(first, second)
 
 
 def character_error_rate(answer: str, truth: str) -> float:
@@ -62,7 +61,7 @@ def character_error_rate(answer: str, truth: str) -> float:
     truth = truth.strip()
     if not truth:
         raise ValueError("character_error_rate: the truth must not be empty")
-    return edit_distance(answer.strip(), truth) / len(truth)
+    return float(jiwer.cer(truth, answer.strip()))
 
 
 def character_accuracy(answer: str, truth: str) -> float:
@@ -88,6 +87,15 @@ def relaxed_accuracy(answer: str, truth: str, *, tolerance: float = 0.05) -> flo
     if number is not None and true_number is not None:
         return float(abs(number - true_number) <= tolerance * abs(true_number))
     return float(answer.lower() == truth.lower())
+
+
+def token_probability(nll: float) -> float:
+    """Return the geometric mean probability of tokens whose mean negative log-likelihood is given.
+
+    Args:
+        nll: mean over the tokens, in nats.
+    """
+    return math.exp(-nll)
 
 
 METRICS: dict[MetricName, Callable[[str, str], float]] = {
@@ -119,6 +127,19 @@ def logit_divergence(teacher_logits: Tensor, logits: Tensor) -> tuple[Tensor, Te
         divergences.append(terms.sum(-1))
     agrees = teacher_logits.argmax(-1) == logits.argmax(-1)
     return torch.cat(divergences), agrees
+
+
+def answer_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each token, in nats (N,) float32.
+
+    Args:
+        logits: (N, vocab), any float dtype.
+        targets: (N,) int64, the token that each row of logits predicts.
+    """
+    chunks = zip(logits.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True)
+    return torch.cat(
+        [functional.cross_entropy(chunk.float(), ids, reduction="none") for chunk, ids in chunks]
+    )
 
 
 def _parse_number(text: str) -> float | None:

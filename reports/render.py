@@ -16,6 +16,7 @@ from rich.table import Table
 from nvvl.errors import OutputError
 from nvvl.reports.collect import Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
+from nvvl.reports.metrics import TOKEN_PROBABILITY
 
 _NONE = "-"
 
@@ -101,6 +102,9 @@ def make_rows(report: Report) -> list[Row]:
         name = f"{suite}: {score.metric}, %".replace("_", " ")
         rows.append(Row(name, tuple(_percent(score.score) for score in scores)))
         rows.append(Row(f"- less {report.baseline}", tuple(_points(score) for score in scores)))
+        if score.metric == TOKEN_PROBABILITY:
+            cells = tuple(_plain(score.perplexity) for score in scores)
+            rows.append(Row(f"{suite}: perplexity".replace("_", " "), cells))
     rows += [
         _row(report, "KL to teacher, nats", lambda run: _small(run.kl)),
         _row(report, "top-1 agreement, %", lambda run: _percent(run.top1)),
@@ -111,8 +115,8 @@ def make_rows(report: Report) -> list[Row]:
 
 
 NOTES = (
-    "report.json has exact match, character error rate, KL, top-1 agreement and McNemar's test of "
-    "every suite, unrounded.",
+    "report.json has exact match, character error rate, ANLS, perplexity, KL, top-1 agreement and "
+    "McNemar's test of every suite, unrounded.",
     "Differences are taken item by item over the same items, in percentage points, with a paired "
     "bootstrap interval; an interval that contains 0 shows no difference.",
     "KL is KL(teacher || model) per answer token, given the true answer so far; top-1 agreement "
@@ -135,6 +139,10 @@ def _percent(value: Interval | None) -> str:
         return _NONE
     low, middle, high = (100 * v for v in (value.low, value.estimate, value.high))
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _plain(value: Interval) -> str:
+    return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"
 
 
 def _points(suite: SuiteScore) -> str:

@@ -41,6 +41,7 @@ class Settings:
             with another item's image; None if the gate is not run.
         dtype: dtype of the computation, such as ``bfloat16``.
         max_num_tiles: limit of tiles an image; None for the model's own.
+        pruning_rate: share of the tokens of each video that was dropped.
     """
 
     model_sha256: str
@@ -55,6 +56,7 @@ class Settings:
     device: str
     dtype: str
     max_num_tiles: int | None
+    pruning_rate: float
     nvvl_version: str
 
     def expected_keys(self) -> Iterator[AnswerKey]:
@@ -76,12 +78,17 @@ class Answer:
         index: number of the item in its suite; with suite and seed it names the item.
         condition: ``right`` for the item's own image, or what the image gate put in its place.
         item_sha256: hash of the messages and pixels that were asked.
+        answer: empty where the suite asks for none.
         score: the suite's metric, 1.0 is perfect.
-        correct: exact match after stripping.
-        cer: character error rate.
+        correct: exact match after stripping; where no answer is asked for, whether greedy decoding
+            would write the true one.
+        cer: character error rate; None where no answer is asked for.
+        anls: normalized Levenshtein similarity, as above.
+        nll: mean negative log-likelihood of the true answer's tokens, in nats.
         kl: mean KL(teacher || model) over the tokens of the true answer, in nats.
         top1: fraction of those tokens at which both models rank the same token first.
         num_tokens: tokens of the true answer, the end of turn included.
+        num_visual_tokens: image tokens in the prompt.
     """
 
     suite: str
@@ -94,10 +101,13 @@ class Answer:
     answer: str
     score: float
     correct: bool
-    cer: float
+    cer: float | None
+    anls: float | None
+    nll: float
     kl: float | None
     top1: float | None
     num_tokens: int
+    num_visual_tokens: int
 
     @property
     def key(self) -> AnswerKey:

@@ -3,7 +3,8 @@
 A suite makes items from numbers: item 17 of seed 0 is the same question about the same pixels for
 every model on every machine, so runs can be compared item by item. Each asks one question of one
 generated document whose answers were never answers in training; the suites named ``unseen_fonts``
-also draw them in font families that no training document has.
+also draw them in font families that no training document has. ``continuation`` is text alone, and
+scored by likelihood.
 """
 
 import random
@@ -15,7 +16,8 @@ from nvvl.calib_data.documents import make_document
 from nvvl.calib_data.drawing import Split
 from nvvl.calib_data.items import Item, document_item
 from nvvl.errors import DataError
-from nvvl.reports.metrics import MetricName
+from nvvl.reports.continuation import make_continuation, num_continuations
+from nvvl.reports.metrics import TOKEN_PROBABILITY, MetricName
 
 # Documents drawn until one has a question of the wanted kind; most have several.
 _MAX_DRAWS = 64
@@ -27,9 +29,11 @@ class Suite:
 
     Attributes:
         metric: name of a function of `nvvl.reports.metrics`.
-        max_new_tokens: longest answer; more than any true answer needs.
+        max_new_tokens: longest answer; more than any true answer needs. 0 where the likelihood of
+            the true answer is all that is measured.
         make_item: from the number of an item and a seed to the item, whose last message is the
             true answer.
+        num_available: most items there are; None for as many as one likes.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Suite:
     metric: MetricName
     max_new_tokens: int
     make_item: Callable[[int, int], Item]
+    num_available: int | None = None
 
     def items(self, num_items: int, *, seed: int = 0) -> Iterator[Item]:
         """Make the first items of the suite, one at a time."""
@@ -59,32 +64,37 @@ def find_suites(names: Sequence[str]) -> list[Suite]:
     return [SUITES[name] for name in names]
 
 
-def _make_suite(
+def _make_suites(
     name: str,
     description: str,
     *,
     kind: str,
     transcribe: bool = False,
     metric: MetricName = "exact_match",
-    fonts: Split = "train",
-) -> Suite:
-    """Make a suite of one kind of document.
+) -> list[Suite]:
+    """Make a suite of one kind of document, and the same in fonts never trained on.
 
     Args:
-        name: of the suite.
+        name: of the first suite.
         description: what is asked.
         kind: of document.
         transcribe: ask for the whole text, not for one value.
         metric: of the answers.
-        fonts: font families the documents are drawn in.
     """
-    return Suite(
-        name=name,
-        description=description,
-        metric=metric,
-        max_new_tokens=768 if transcribe else 96,
-        make_item=partial(_ask_document, name, kind, transcribe, fonts),
-    )
+    variants: list[tuple[str, str, Split]] = [
+        (name, description, "train"),
+        (f"{name}_unseen_fonts", f"{name}, in fonts never trained on", "held_out"),
+    ]
+    return [
+        Suite(
+            name=variant,
+            description=about.replace("_", " "),
+            metric=metric,
+            max_new_tokens=768 if transcribe else 96,
+            make_item=partial(_ask_document, variant, kind, transcribe, fonts),
+        )
+        for variant, about, fonts in variants
+    ]
 
 
 def _ask_document(
@@ -101,29 +111,41 @@ def _ask_document(
     raise DataError(f"{name}: {_MAX_DRAWS} documents of kind {kind} without a fitting question")
 
 
-_ALL = (
-    _make_suite("line", "read a line of text", kind="line"),
-    _make_suite("key_value", "give the value of a field of a card", kind="card"),
-    _make_suite(
-        "line_unseen_fonts", "line, in fonts never trained on", kind="line", fonts="held_out"
-    ),
-    _make_suite(
-        "key_value_unseen_fonts", "key_value, in such fonts", kind="card", fonts="held_out"
-    ),
-    _make_suite("table", "give a cell of a table", kind="table"),
-    _make_suite("receipt", "give a price, the title or the total", kind="receipt"),
-    _make_suite(
+_DOCUMENTS = (
+    _make_suites("line", "read a line of text", kind="line"),
+    _make_suites("key_value", "give the value of a field of a card", kind="card"),
+    _make_suites("table", "give a cell of a table", kind="table"),
+    _make_suites("receipt", "give a price, the title or the total", kind="receipt"),
+    _make_suites(
         "text",
         "transcribe a paragraph",
         kind="text",
         transcribe=True,
         metric="character_accuracy",
     ),
-    _make_suite("page", "give a value of a page of several tiles", kind="page"),
-    _make_suite("two_pages", "give a value of one of two pages", kind="two_pages"),
-    _make_suite("chart", "read a bar chart", kind="chart", metric="relaxed_accuracy"),
-    _make_suite("video", "tell what a short video shows, and when", kind="video"),
+    _make_suites("page", "give a value of a page of several tiles", kind="page"),
+    _make_suites(
+        "page_text",
+        "transcribe the paragraph of a page of several tiles",
+        kind="page",
+        transcribe=True,
+        metric="character_accuracy",
+    ),
+    _make_suites("two_pages", "give a value of one of two pages", kind="two_pages"),
+    _make_suites("chart", "read a bar chart", kind="chart", metric="relaxed_accuracy"),
+    _make_suites("video", "tell what a short video shows, and when", kind="video"),
+)
+_CONTINUATION = Suite(
+    name="continuation",
+    description="predict the next words of a text",
+    metric=TOKEN_PROBABILITY,
+    max_new_tokens=0,
+    make_item=make_continuation,
+    num_available=num_continuations(),
 )
 
-SUITES = {suite.name: suite for suite in _ALL}
-DEFAULT_SUITES = tuple(suite.name for suite in _ALL[:4])
+SUITES = {
+    suite.name: suite
+    for suite in (*(suite for variants in _DOCUMENTS for suite in variants), _CONTINUATION)
+}
+DEFAULT_SUITES = ("line", "key_value", "line_unseen_fonts", "key_value_unseen_fonts")

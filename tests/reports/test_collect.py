@@ -26,9 +26,12 @@ def make_answer(
         score=float(correct) if suite == "line" else 0.5 + 0.5 * correct,
         correct=correct,
         cer=0.0 if correct else 0.2,
+        anls=1.0,
+        nll=0.5,
         kl=kl if condition == "right" else None,
         top1=None if kl is None or condition != "right" else 1.0,
         num_tokens=5,
+        num_visual_tokens=4,
     )
 
 
@@ -61,6 +64,7 @@ def make_run(
         device="cpu",
         dtype="bfloat16",
         max_num_tiles=None,
+        pruning_rate=0.0,
         nvvl_version="0.1.0",
     )
     return RunResult(

@@ -8,6 +8,7 @@ from scipy import stats
 from nvvl.reports.compare import (
     Interval,
     bootstrap_intervals,
+    bootstrap_ratio,
     mcnemar_test,
     paired_difference,
     recovery_percent,
@@ -129,3 +130,25 @@ def test_recovery_of_nothing_is_undefined() -> None:
     assert recovery_percent(0.9, 0.9) == pytest.approx(100)
     assert recovery_percent(0.45, 0.9) == pytest.approx(50)
     assert recovery_percent(0.1, 0.0) is None
+
+
+def test_ratio_of_sums_weighs_items_by_their_tokens() -> None:
+    generator = np.random.default_rng(3)
+    tokens = generator.integers(2, 30, size=400).astype(float)
+    nlls = tokens * generator.gamma(2.0, 0.5, size=400)
+    ratio = bootstrap_ratio(nlls, tokens)
+    assert ratio.estimate == pytest.approx(nlls.sum() / tokens.sum())
+    # the delta method: residuals of the ratio over the mean count
+    residuals = nlls - ratio.estimate * tokens
+    error = residuals.std(ddof=1) / np.sqrt(400) / tokens.mean()
+    # 10,000 resamples give each end to about 2 % of the width
+    assert ratio.high - ratio.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert ratio.low < ratio.estimate < ratio.high
+
+
+@pytest.mark.parametrize(
+    ("numerators", "denominators"), [([], []), ([1.0], [0.0]), ([np.nan], [1.0])]
+)
+def test_ratio_needs_items_with_tokens(numerators: list[float], denominators: list[float]) -> None:
+    with pytest.raises(ValueError, match="required"):
+        bootstrap_ratio(numerators, denominators)

@@ -25,9 +25,12 @@ def make_answer(index: int, answer: str, truth: str = "abc", sha256: str = "?") 
         score=float(answer == truth),
         correct=answer == truth,
         cer=0.0,
+        anls=1.0,
+        nll=0.5,
         kl=None,
         top1=None,
         num_tokens=4,
+        num_visual_tokens=4,
     )
 
 
@@ -45,6 +48,7 @@ def make_run(label: str, answers: list[Answer]) -> RunResult:
         device="cpu",
         dtype="bfloat16",
         max_num_tiles=None,
+        pruning_rate=0.0,
         nvvl_version="0",
     )
     return RunResult(

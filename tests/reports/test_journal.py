@@ -22,6 +22,7 @@ SETTINGS = Settings(
     device="cpu",
     dtype="bfloat16",
     max_num_tiles=None,
+    pruning_rate=0.0,
     nvvl_version="0.1.0",
 )
 ABOUT: dict[str, Any] = {
@@ -47,9 +48,12 @@ def make_answer(key: tuple[Any, Any, int], text: str = "7") -> Answer:
         score=float(text == "7"),
         correct=text == "7",
         cer=0.0,
+        anls=1.0,
+        nll=0.5,
         kl=None,
         top1=None,
         num_tokens=2,
+        num_visual_tokens=4,
     )
 
 

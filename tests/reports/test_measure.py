@@ -13,7 +13,8 @@ from nvvl.model.generate import generate
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, Processor, collate
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.reports.measure import Panel, Question, Response, prepare_question
+from nvvl.reports.measure import Panel, Response
+from nvvl.reports.question import Question, prepare_question
 
 ANSWERS = ("7", "the thin inner line", "12.50 USD")
 

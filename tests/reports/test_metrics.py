@@ -1,17 +1,18 @@
 import random
 
-import jiwer
 import pytest
 import torch
 
 from nvvl.reports.metrics import (
     anls,
+    answer_nll,
     character_accuracy,
     character_error_rate,
     edit_distance,
     exact_match,
     logit_divergence,
     relaxed_accuracy,
+    token_probability,
 )
 
 
@@ -48,12 +49,22 @@ def test_edit_distance_of_known_pairs(first: str, second: str, expected: int) ->
     assert edit_distance(second, first) == expected
 
 
-def test_character_error_rate_agrees_with_jiwer() -> None:
+def plain_edit_distance(first: str, second: str) -> int:
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
+
+
+def test_character_error_rate_counts_edits_of_the_stripped_strings() -> None:
     generator = random.Random(0)
     for _ in range(300):
-        truth = "".join(generator.choices("abc d", k=generator.randint(1, 40))).strip() or "a"
-        answer = "".join(generator.choices("abc d", k=generator.randint(0, 60))).strip()
-        assert character_error_rate(answer, truth) == pytest.approx(jiwer.cer(truth, answer))
+        truth = "".join(generator.choices("abc d\n", k=generator.randint(1, 40))).strip() or "a"
+        answer = "".join(generator.choices("abc d\n", k=generator.randint(0, 60)))
+        expected = plain_edit_distance(answer.strip(), truth) / len(truth)
+        assert character_error_rate(answer, f" {truth}\n") == pytest.approx(expected)
 
 
 def test_an_answer_that_rambles_has_an_error_rate_above_one_and_no_accuracy() -> None:
@@ -129,3 +140,21 @@ def test_divergence_is_the_forward_kl_in_nats() -> None:
 def test_divergence_is_not_symmetric() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     assert logit_divergence(sure, unsure)[0] < logit_divergence(unsure, sure)[0]
+
+
+def test_likelihood_is_that_of_the_targets() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(600, 50, generator=generator)
+    targets = torch.randint(50, (600,), generator=generator)
+    expected = -logits.double().log_softmax(-1)[torch.arange(600), targets]
+    # float32 log-probabilities of about 10 have steps of 1e-6
+    torch.testing.assert_close(answer_nll(logits, targets).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_probability_is_one_over_perplexity() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.125])
+    nll = answer_nll(
+        torch.stack([probabilities, 1 - probabilities], -1).log(), torch.zeros(3).long()
+    )
+    assert token_probability(float(nll.mean())) == pytest.approx(0.25)
+    assert token_probability(0.0) == 1.0

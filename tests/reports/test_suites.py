@@ -1,6 +1,9 @@
+from collections import Counter
+
 import pytest
 
 from nvvl.calib_data.items import item_hash
+from nvvl.calib_data.values import load_list
 from nvvl.errors import DataError
 from nvvl.reports.metrics import METRICS
 from nvvl.reports.suites import DEFAULT_SUITES, SUITES, find_suites
@@ -14,9 +17,32 @@ def test_every_suite_asks_one_question_with_a_perfect_truth(name: str) -> None:
         assert (question.role, answer.role) == ("user", "assistant")
         assert question.content.count("<image>") == len(item.images)
         assert question.content.count("<video>") == len(item.videos)
-        assert item.images or item.videos
-        assert METRICS[suite.metric](answer.content, answer.content) == 1.0
-        assert len(answer.content) <= suite.max_new_tokens
+        if suite.max_new_tokens:
+            assert item.images or item.videos
+            assert METRICS[suite.metric](answer.content, answer.content) == 1.0
+            assert len(answer.content) <= suite.max_new_tokens
+
+
+def test_every_suite_has_a_thousand_items() -> None:
+    for suite in SUITES.values():
+        assert suite.num_available is None or suite.num_available >= 1000
+
+
+def test_each_held_out_word_is_predicted_once() -> None:
+    suite = SUITES["continuation"]
+    assert suite.num_available is not None
+    items = list(suite.items(suite.num_available, seed=4))
+    targets = [item.messages[1].content for item in items]
+    prose = " ".join(load_list("prose_held_out.txt")).split()
+    assert Counter(" ".join(targets).split()) <= Counter(prose)
+    assert sum(len(target.split()) for target in targets) == 9 * suite.num_available
+    for item in items[:20]:
+        context = item.messages[0].content.removeprefix("Continue the text.\n")
+        assert f"{context} {item.messages[1].content}" in " ".join(prose)
+    again = {item.messages[1].content for item in suite.items(suite.num_available, seed=5)}
+    assert again == set(targets)
+    with pytest.raises(DataError, match="has 1054 items, asked for number 1054"):
+        suite.make_item(1054, 0)
 
 
 @pytest.mark.parametrize("name", DEFAULT_SUITES)
@@ -32,7 +58,7 @@ def test_item_ids_name_suite_seed_and_number() -> None:
     assert SUITES["line"].make_item(17, 2).item_id == "line-2-17"
 
 
-@pytest.mark.parametrize("name", ["line", "key_value"])
+@pytest.mark.parametrize("name", ["line", "key_value", "page", "video"])
 def test_unseen_fonts_change_the_pixels_and_not_the_suite(name: str) -> None:
     seen, unseen = SUITES[name], SUITES[f"{name}_unseen_fonts"]
     assert (seen.metric, seen.max_new_tokens) == (unseen.metric, unseen.max_new_tokens)
@@ -54,7 +80,7 @@ def test_suites_are_found_in_the_order_asked() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["line", "lines"], "suites: lines unknown; required any of line, key_value"),
+        (["line", "lines"], "suites: lines unknown; required any of line, line_unseen"),
         (["line", "line"], "each may be given once"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from nvvl.model.load import resolve_model
 from nvvl.model.processor import Processor
-from nvvl.reports.measure import prepare_question
+from nvvl.reports.question import prepare_question
 from nvvl.reports.suites import SUITES
 from nvvl.tools.interop.judge import format_table, judge
 from nvvl.tools.interop.reference import collapse_images

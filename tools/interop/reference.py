@@ -28,7 +28,8 @@ from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message, render_prompt
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.load import load_any
-from nvvl.reports.measure import Panel, Question, prepare_question
+from nvvl.reports.measure import Panel
+from nvvl.reports.question import Question, prepare_question
 from nvvl.reports.suites import SUITES
 
 SUITES_ASKED = ("line", "key_value")

@@ -20,7 +20,7 @@ from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize
-from nvvl.reports.command import demo, evaluate, report
+from nvvl.reports.command import demo, evaluate, report, sweep
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report of a process ended by Ctrl-C
@@ -68,6 +68,7 @@ export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
 export_app.command(epilog="Example: nvvl export engine OUT engines --target sm120")(engine)
 export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
+app.command(epilog="Example: nvvl sweep evs embedded OUT -o sweep")(sweep)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
 calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")(show)
 app.command(epilog='Example: nvvl chat embedded --image page.png "What is the total?"')(chat)

@@ -23,6 +23,7 @@ from nvvl.reports.compare import (
     recovery_percent,
     wilson_interval,
 )
+from nvvl.reports.curves import Depth, Sweep, load_curves
 from nvvl.reports.run import Answer, RunResult, load_run
 
 SIGNIFICANCE = 0.05
@@ -124,6 +125,8 @@ class Report:
 
     Attributes:
         baseline: label of the run that the others are compared with.
+        sweeps: accuracy against speed while a setting changes, of any models.
+        depths: noise along the layers, of any models.
     """
 
     nvvl_version: str
@@ -131,20 +134,26 @@ class Report:
     seed: int
     num_items: int
     runs: tuple[RunScore, ...]
+    sweeps: tuple[Sweep, ...] = ()
+    depths: tuple[Depth, ...] = ()
 
 
 def collect(
-    runs: Sequence[RunResult | Path], *, verified: Mapping[str, bool] | None = None
+    runs: Sequence[RunResult | Path],
+    *,
+    verified: Mapping[str, bool] | None = None,
+    curves: Sequence[Path] = (),
 ) -> Report:
     """Compare runs with the first of them.
 
     Args:
         runs: finished runs, or their folders; the first is the baseline.
         verified: by run label, whether `nvvl verify` passed.
+        curves: folders of ``nvvl sweep``.
 
     Raises:
-        DataError: if there is no run, two have one label, a run is unfinished, or the runs were
-            asked different items.
+        DataError: if there is no run, two have one label, a run is unfinished, the runs were asked
+            different items, or a folder of curves holds none.
     """
     loaded = [run if isinstance(run, RunResult) else load_run(run) for run in runs]
     if not loaded:
@@ -152,12 +161,15 @@ def collect(
     _require_comparable(loaded)
     baseline = loaded[0]
     verdicts = verified or {}
+    found = [load_curves(folder) for folder in curves]
     return Report(
         nvvl_version=nvvl.__version__,
         baseline=baseline.label,
         seed=baseline.settings.seed,
         num_items=baseline.settings.num_items,
         runs=tuple(_score_run(run, baseline, verdicts.get(run.label)) for run in loaded),
+        sweeps=tuple(sweep for sweeps, _ in found for sweep in sweeps),
+        depths=tuple(depth for _, depths in found for depth in depths),
     )
 
 
@@ -256,7 +268,8 @@ def _perplexity(answers: Sequence[Answer]) -> Interval:
     """Return exp of the mean over all tokens; items are resampled with their tokens together."""
     weights = [float(a.num_tokens) for a in answers]
     mean = bootstrap_ratio([a.nll * a.num_tokens for a in answers], weights)
-    return Interval(*(math.exp(v) for v in (mean.estimate, mean.low, mean.high)), mean.n)
+    estimate, low, high = (math.exp(value) for value in (mean.estimate, mean.low, mean.high))
+    return Interval(estimate, low, high, mean.n)
 
 
 def _divergence(answers: Sequence[Answer]) -> tuple[Interval | None, Interval | None]:

@@ -1,12 +1,14 @@
-"""The verbs ``nvvl evaluate``, ``nvvl report`` and ``nvvl demo``."""
+"""The verbs ``nvvl evaluate``, ``nvvl sweep``, ``nvvl report`` and ``nvvl demo``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from nvvl.errors import DataError
+from nvvl.model.resolve import resolve_model
 from nvvl.options import (
     EXIT_CHECK_FAILED,
     DeviceOption,
@@ -15,6 +17,17 @@ from nvvl.options import (
     SeedOption,
     choose_device,
 )
+
+ItemsOption = Annotated[int, typer.Option(min=1, help="Items of each suite.")]
+TeacherOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="BF16 model to measure KL against.")
+]
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Name in reports, once for each MODEL; else its folder's."),
+]
+SweepKind = Literal["evs", "tiles", "depth"]
+BatchOption = Annotated[int, typer.Option(min=1, help="Items asked at a time.")]
 
 
 def evaluate(
@@ -26,10 +39,19 @@ def evaluate(
     suite: Annotated[
         list[str] | None, typer.Option(help="Suite to ask; may be given several times.")
     ] = None,
-    items: Annotated[int, typer.Option(min=1, help="Items of each suite.")] = 1000,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="BF16 model to measure KL against.")
+    items: ItemsOption = 1000,
+    teacher: TeacherOption = None,
+    label: LabelOption = None,
+    gate: Annotated[
+        int, typer.Option(min=0, help="Items of the image gate, on the first suite; 0 for none.")
+    ] = 100,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles of an image; else the model's limit.")
     ] = None,
+    evs: Annotated[
+        float, typer.Option(metavar="RATE", help="Share of video tokens to prune, 0 to below 1.")
+    ] = 0.0,
+    batch: BatchOption = 32,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
@@ -37,16 +59,21 @@ def evaluate(
 ) -> None:
     """Ask models the same generated questions and keep every answer; goes on where it stopped."""
     from nvvl.console import show_progress
-    from nvvl.model.load import resolve_model
     from nvvl.reports.evaluate import Candidate, Options
     from nvvl.reports.evaluate import evaluate as evaluate_models
     from nvvl.reports.suites import DEFAULT_SUITES, find_suites
 
-    folders = [resolve_model(model).resolve() for model in models]
-    runs = [Candidate(folder=path, out=out / path.name, label=path.name) for path in folders]
-    gate_items = min(items, Options.gate_items)
+    runs = [
+        Candidate(folder=path, out=out / name, label=name, pruning_rate=evs)
+        for path, name in _name_models(models, label).items()
+    ]
     options = Options(
-        num_items=items, seed=seed, gate_items=gate_items, device=choose_device(device)
+        num_items=items,
+        batch_size=batch,
+        seed=seed,
+        gate_items=min(items, gate),
+        device=choose_device(device),
+        max_num_tiles=max_tiles,
     )
     with show_progress() as progress:
         evaluate_models(
@@ -58,6 +85,96 @@ def evaluate(
             progress=progress,
         )
     _show_report([run.out for run in runs], out, as_json)
+
+
+def sweep(
+    kind: Annotated[
+        SweepKind, typer.Argument(metavar="KIND", help="evs, tiles, or depth (needs --teacher).")
+    ],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="BF16 or quantized checkpoints.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the sweep.")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="Suite to ask, else video or page; may be given several times."),
+    ] = None,
+    value: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Pruning rate, or most tiles; may be given several times. "
+            "Else 0, 0.25, 0.5, 0.75, 0.9 and 1, 4, 6, 12."
+        ),
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(min=1, help="Items of each suite; else 1000, for depth 64.")
+    ] = None,
+    timed: Annotated[int, typer.Option(min=1, help="Items to time.")] = 8,
+    teacher: TeacherOption = None,
+    label: LabelOption = None,
+    batch: BatchOption = 32,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Change one setting and measure: evs prunes video tokens, tiles limits tiles; depth is noise.
+
+    depth compares quantized models layer by layer with the BF16 one they were made from.
+    """
+    from nvvl.console import print_json, print_table, show_progress
+    from nvvl.reports.depth import measure_depth
+    from nvvl.reports.evaluate import Options
+    from nvvl.reports.suites import find_suites
+    from nvvl.reports.sweep import run_sweep
+    from nvvl.reports.sweep_text import depth_table, sweep_table
+
+    candidates = {name: path for path, name in _name_models(models, label).items()}
+    source = None if teacher is None else resolve_model(teacher)
+    suites = find_suites(suite) if suite else None
+    device_name = choose_device(device)
+    with show_progress() as progress:
+        if kind == "depth":
+            if source is None or value is not None:
+                raise DataError("sweep depth: required --teacher, the BF16 source, and no --value")
+            measured = measure_depth(
+                candidates,
+                source,
+                out,
+                suites or find_suites(["line", "key_value"]),
+                num_items=items or 64,
+                batch_size=batch,
+                seed=seed,
+                device=device_name,
+                progress=progress,
+            )
+            values, table = asdict(measured), depth_table(measured)
+        else:
+            swept = run_sweep(
+                kind,
+                candidates,
+                out,
+                Options(
+                    num_items=items or 1000,
+                    batch_size=batch,
+                    seed=seed,
+                    gate_items=0,
+                    device=device_name,
+                ),
+                suites=suites,
+                values=value,
+                teacher=source,
+                num_timed=timed,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            values, table = asdict(swept), sweep_table(swept)
+    if as_json:
+        print_json(values)
+        return
+    print_table(table)
+    print(f"draw it: nvvl report RUN... --sweep {out}")
 
 
 def report(
@@ -78,21 +195,24 @@ def report(
             "verify-NAME.json beside a checkpoint NAME is found without."
         ),
     ] = None,
+    sweep: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of nvvl sweep; may be given several times."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs item by item: a page, a model card of each checkpoint, JSON and a table."""
-    _show_report(runs, out, as_json, proofs=proof or ())
+    _show_report(runs, out, as_json, proofs=proof or (), sweeps=sweep or ())
 
 
 def demo(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
-    items: Annotated[int, typer.Option(min=1, help="Items of each suite.")] = 1000,
+    items: ItemsOption = 1000,
     as_json: JsonOption = False,
 ) -> None:
     """Take the embedded model to FP8 and NVFP4, prove both, evaluate, and print the table."""
     from nvvl.console import print_json, print_table, show_progress
-    from nvvl.model.load import resolve_model
     from nvvl.reports.demo import run_demo
     from nvvl.reports.render import make_table
 
@@ -109,15 +229,39 @@ def demo(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
+def _name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Path, str]:
+    """Return folder and label of each model; the label also names the folder of its run."""
+    folders = [resolve_model(model).resolve() for model in models]
+    names = [folder.name for folder in folders] if labels is None else list(labels)
+    if len(names) != len(folders):
+        raise DataError(
+            f"--label: required one for each of {len(folders)} models, got {len(names)}"
+        )
+    if len(set(names)) < len(names) or len(set(folders)) < len(folders):
+        raise DataError(
+            f"models: required different folders and names, got {', '.join(names)}; "
+            "tell them apart with --label"
+        )
+    unfit = [name for name in names if not name or Path(name).name != name]
+    if unfit:
+        raise DataError(f"--label: {unfit[0]!r} cannot name a folder; leave out slashes")
+    return dict(zip(folders, names, strict=True))
+
+
 def _show_report(
-    runs: Sequence[Path], out: Path, as_json: bool, *, proofs: Sequence[Path] = ()
+    runs: Sequence[Path],
+    out: Path,
+    as_json: bool,
+    *,
+    proofs: Sequence[Path] = (),
+    sweeps: Sequence[Path] = (),
 ) -> None:
     """Compare runs, write everything about them and print the table."""
     from nvvl.console import print_json, print_table
     from nvvl.reports.publish import publish
     from nvvl.reports.render import make_table
 
-    published = publish(runs, out, proofs=proofs)
+    published = publish(runs, out, proofs=proofs, sweeps=sweeps)
     if as_json:
         print_json(asdict(published.report))
         return

@@ -65,11 +65,17 @@ class Candidate:
         folder: BF16 or quantized checkpoint.
         out: folder of its run.
         label: its name in reports; its format by default.
+        pruning_rate: share of the image tokens of each video that it is not shown (EVS).
     """
 
     folder: Path
     out: Path
     label: str | None = None
+    pruning_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pruning_rate < 1:
+            raise DataError(f"pruning_rate: required 0 to less than 1, got {self.pruning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,6 @@ class Options:
         device: where the models run.
         dtype: dtype of their computation.
         max_num_tiles: most tiles an image is cut into; None for the model's own limit.
-        pruning_rate: share of the image tokens of each video to drop (EVS), 0 to less than 1.
     """
 
     num_items: int = 1000
@@ -94,7 +99,6 @@ class Options:
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     max_num_tiles: int | None = None
-    pruning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _require_range("num_items", self.num_items, 1, None)
@@ -102,8 +106,6 @@ class Options:
         _require_range("gate_items", self.gate_items, 0, self.num_items)
         if self.max_num_tiles is not None:
             _require_range("max_num_tiles", self.max_num_tiles, 1, None)
-        if not 0 <= self.pruning_rate < 1:
-            raise DataError(f"pruning_rate: required 0 to less than 1, got {self.pruning_rate}")
 
 
 def evaluate(
@@ -176,7 +178,7 @@ def _open_journal(
         device=options.device,
         dtype=str(options.dtype).removeprefix("torch."),
         max_num_tiles=options.max_num_tiles,
-        pruning_rate=options.pruning_rate,
+        pruning_rate=candidate.pruning_rate,
         nvvl_version=nvvl.__version__,
     )
     about = {"model": str(folder), **describe_model(folder)}
@@ -198,13 +200,13 @@ def _load_panel(
         if sha256 not in models:
             models[sha256] = load_any(folder, dtype=options.dtype, device=options.device)
     members = [models[journal.settings.model_sha256] for journal in journals]
-    rate = options.pruning_rate
+    rates = [journal.settings.pruning_rate for journal in journals]
     if teacher is None:
-        return Panel(members, processor, pruning_rate=rate)
+        return Panel(members, processor, pruning_rates=rates)
     teacher_model = models.get(journals[0].settings.teacher_sha256 or "")
     if teacher_model is None:
         teacher_model = load_any(Path(teacher), dtype=options.dtype, device=options.device)
-    return Panel(members, processor, teacher=teacher_model, pruning_rate=rate)
+    return Panel(members, processor, teacher=teacher_model, pruning_rates=rates)
 
 
 class _Session:

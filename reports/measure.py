@@ -22,10 +22,17 @@ import torch
 from torch import Tensor
 
 from nvvl.model.generate import generate
-from nvvl.model.processor import Batch, Processor
+from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.reports.metrics import answer_nll, logit_divergence
-from nvvl.reports.question import Encoded, Question, encode_questions
+from nvvl.reports.question import (
+    Encoded,
+    Question,
+    collate_ids,
+    encode_questions,
+    join_features,
+    prune_videos,
+)
 
 T = TypeVar("T")
 
@@ -70,6 +77,7 @@ class _Sheet:
     """
 
     model: NemotronNanoVL
+    pruning_rate: float
     readings: dict[int, _Reading] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     visual_tokens: dict[int, int] = field(default_factory=dict)
@@ -94,7 +102,8 @@ class Panel:
         models: the models under test, on one device.
         teacher: the model KL is measured against, or None; may be one of ``models``.
         processor: of any of them.
-        pruning_rate: share of the tokens of each video to drop, from every model alike.
+        pruning_rates: share of the tokens of each video that each model is not shown. One model may
+            take part with several rates. The teacher sees everything.
     """
 
     def __init__(
@@ -103,12 +112,12 @@ class Panel:
         processor: Processor,
         *,
         teacher: NemotronNanoVL | None = None,
-        pruning_rate: float = 0.0,
+        pruning_rates: Sequence[float] | None = None,
     ) -> None:
         self.models = list(models)
         self.teacher = teacher
         self.processor = processor
-        self.pruning_rate = pruning_rate
+        self.pruning_rates = list(pruning_rates or [0.0] * len(self.models))
         self._encoders: dict[NemotronNanoVL, NemotronNanoVL] = {}
         for model in self.models if teacher is None else [teacher, *self.models]:
             twins = (m for m in self._encoders.values() if m is model or _same_vision(m, model))
@@ -134,7 +143,7 @@ class Panel:
             members: which of ``models`` to ask; all by default.
         """
         sheets = [
-            _Sheet(self.models[index])
+            _Sheet(self.models[index], self.pruning_rates[index])
             for index in (range(len(self.models)) if members is None else members)
         ]
         teacher = self.teacher if compare else None
@@ -157,18 +166,21 @@ class Panel:
     ) -> None:
         """Run each model over prompts and true answers; decode where a whole batch waits."""
         models = [sheet.model for sheet in sheets]
-        encoded = {
-            encoder: encode_questions(encoder, questions, pruning_rate=self.pruning_rate)
-            for encoder in dict.fromkeys(
-                self._encoders[model] for model in ([teacher, *models] if teacher else models)
-            )
-        }
+        encoders = dict.fromkeys(
+            self._encoders[model] for model in ([teacher, *models] if teacher else models)
+        )
+        encoded = {encoder: encode_questions(encoder, questions) for encoder in encoders}
         teacher_logits = (
             None if teacher is None else _answer_logits(teacher, encoded[self._encoders[teacher]])
         )
         for sheet in sheets:
-            batch = encoded[self._encoders[sheet.model]]
-            same = teacher_logits is not None and sheet.model is teacher
+            batch = [
+                prune_videos(question, seen, sheet.model.config, sheet.pruning_rate)
+                for question, seen in zip(
+                    questions, encoded[self._encoders[sheet.model]], strict=True
+                )
+            ]
+            same = sheet.model is teacher and not sheet.pruning_rate
             logits = teacher_logits if same else _answer_logits(sheet.model, batch)
             assert logits is not None
             for place, question, reading in zip(
@@ -193,10 +205,10 @@ class Panel:
         language = sheet.model.config.language
         answers = generate(
             sheet.model,
-            _collate([question.prompt_ids for _, question in due], language.pad_token_id),
+            collate_ids([question.prompt_ids for _, question in due], language.pad_token_id),
             eos_token_id=language.eos_token_id,
             max_new_tokens=max_new_tokens,
-            image_features=_join_features([question for _, question in due]),
+            image_features=join_features([question for _, question in due]),
         )
         for (place, _), ids in zip(due, answers, strict=True):
             sheet.texts[place] = self.processor.decode(ids).strip()
@@ -225,7 +237,7 @@ def _read(
 def _answer_logits(model: NemotronNanoVL, questions: Sequence[Encoded]) -> Tensor:
     """Return the logits (N, V) that predict the answer tokens, question after question."""
     device = model.language_model.lm_head.weight.device
-    batch = _collate(
+    batch = collate_ids(
         [torch.cat([question.prompt_ids, question.answer_ids]) for question in questions],
         model.config.language.pad_token_id,
     )
@@ -234,35 +246,13 @@ def _answer_logits(model: NemotronNanoVL, questions: Sequence[Encoded]) -> Tenso
     counts = torch.tensor([len(question.answer_ids) for question in questions])
     longest = int(counts.max())
     output = model(
-        inputs_embeds=model.embed(batch.input_ids.to(device), _join_features(questions)),
+        inputs_embeds=model.embed(batch.input_ids.to(device), join_features(questions)),
         padding_mask=batch.padding_mask.to(device),
         logits_to_keep=longest + 1,
     )  # (B, longest + 1, V)
     is_answer = torch.arange(longest) >= longest - counts[:, None]  # (B, longest)
     logits: Tensor = output.logits[:, :-1][is_answer.to(device)]
     return logits
-
-
-def _collate(rows: Sequence[Tensor], pad_token_id: int) -> Batch:
-    """Pad rows of ids (T,) on the left; the pixels are left out, as they were encoded before."""
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
-    padding_mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, length - len(row) :] = row
-        padding_mask[index, length - len(row) :] = True
-    return Batch(
-        input_ids=input_ids,
-        padding_mask=padding_mask,
-        pixel_values=torch.zeros(0, 3, 1, 1),
-        answer_mask=torch.zeros_like(padding_mask),
-    )
-
-
-def _join_features(questions: Sequence[Encoded]) -> Tensor | None:
-    """Return the features of all questions, one behind the other; None without images."""
-    features = torch.cat([question.features for question in questions])
-    return features if len(features) else None
 
 
 def _split(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from nvvl.reports.collect import Report, RunScore
+from nvvl.reports.curve_plots import plot_depth, plot_sweep
 from nvvl.reports.evidence import Evidence
 from nvvl.reports.examples import find_examples
 from nvvl.reports.plots import SHAPES, plot_forest, plot_noise, plot_sizes, shape_of
@@ -67,6 +68,8 @@ def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str
             forest=plot_forest(report),
             sizes=plot_sizes(report),
             noise=plot_noise({label: proof.sqnr_db for label, proof in proofs.items()}, labels),
+            depths=[plot_depth(depth) for depth in report.depths],
+            sweeps=[plot_sweep(sweep) for sweep in report.sweeps],
             shapes=SHAPES,
             shape_of=shape_of,
             suites=find_examples(runs, per_suite=per_suite) if len(runs) > 1 else [],

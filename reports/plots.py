@@ -48,6 +48,7 @@ class Mark:
         low: y of the lower end of its interval; equal to y without one.
         series: number of the run, which decides the colour.
         hint: shown by a pointer that rests on it.
+        note: written beside it.
     """
 
     x: float
@@ -57,11 +58,20 @@ class Mark:
     shape: str
     series: int
     hint: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through points (x, y) of one series."""
+
+    points: tuple[tuple[float, float], ...]
+    series: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter:
-    """A scatter plot."""
+    """A scatter plot, with lines where its marks are points of curves."""
 
     title: str
     summary: str
@@ -70,6 +80,7 @@ class Scatter:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
+    lines: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +162,7 @@ def plot_sizes(report: Report) -> list[Scatter]:
         metric = baseline.metric.replace("_", " ")
         x_ticks = nice_ticks(0.0, max(sizes), 5)
         y_ticks = nice_ticks(min(low, high - _MIN_POINTS), high, 5)
-        x, y = _frame(x_ticks, y_ticks)
+        x, y = frame(x_ticks, y_ticks)
         marks = [
             Mark(
                 x=x(size),
@@ -173,8 +184,8 @@ def plot_sizes(report: Report) -> list[Scatter]:
                 summary="; ".join(mark.hint for mark in marks),
                 x_label=f"weights on disk, {unit}",
                 y_label=f"{metric}, %",
-                x_ticks=_ticks(x, x_ticks),
-                y_ticks=_ticks(y, y_ticks),
+                x_ticks=ticks(x, x_ticks),
+                y_ticks=ticks(y, y_ticks),
                 marks=tuple(_spread(marks)),
             )
         )
@@ -238,7 +249,7 @@ def _plot_stack(
 ) -> Scatter:
     x_ticks = nice_ticks(0, max(layer for layer, _, _ in modules), 6)
     x_ticks = [tick for tick in x_ticks if tick == int(tick)]
-    x, y = _frame([x_ticks[0] - 0.5, max(x_ticks[-1], modules[-1][0]) + 0.5], y_ticks)
+    x, y = frame([x_ticks[0] - 0.5, max(x_ticks[-1], modules[-1][0]) + 0.5], y_ticks)
     worst = min(modules, key=lambda entry: entry[2])
     mean = sum(value for _, _, value in modules) / len(modules)
     return Scatter(
@@ -247,8 +258,8 @@ def _plot_stack(
         f"in {worst[1]}",
         x_label="layer",
         y_label="SQNR, dB",
-        x_ticks=_ticks(x, x_ticks),
-        y_ticks=_ticks(y, y_ticks),
+        x_ticks=ticks(x, x_ticks),
+        y_ticks=ticks(y, y_ticks),
         marks=tuple(
             Mark(
                 x=x(layer),
@@ -289,12 +300,14 @@ def _forest_row(run: RunScore, suite: str, series: int, scale: _Scale) -> Forest
     )
 
 
-def _frame(x_values: Sequence[float], y_values: Sequence[float]) -> tuple[_Scale, _Scale]:
+def frame(x_values: Sequence[float], y_values: Sequence[float]) -> tuple[_Scale, _Scale]:
+    """Return the maps of two ranges, given by their first and last value, onto the frame."""
     x = _Scale(x_values[0], x_values[-1], LEFT, WIDTH - RIGHT)
     return x, _Scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
 
 
-def _ticks(scale: _Scale, values: Sequence[float]) -> tuple[Tick, ...]:
+def ticks(scale: _Scale, values: Sequence[float]) -> tuple[Tick, ...]:
+    """Label evenly spaced values on an axis."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     return tuple(Tick(scale(value), _format(value, step)) for value in values)
 

@@ -42,7 +42,11 @@ class Publication:
 
 
 def publish(
-    runs: Sequence[RunResult | Path], out: Path, *, proofs: Sequence[Path] = ()
+    runs: Sequence[RunResult | Path],
+    out: Path,
+    *,
+    proofs: Sequence[Path] = (),
+    sweeps: Sequence[Path] = (),
 ) -> Publication:
     """Compare runs with the first and write page, numbers, table and model cards.
 
@@ -52,6 +56,7 @@ def publish(
             are then beside it under the same name.
         proofs: JSON files of ``nvvl verify --json``; ``verify-NAME.json`` beside a checkpoint
             ``NAME`` is found without.
+        sweeps: folders of ``nvvl sweep``.
 
     Raises:
         DataError: as `collect` and `gather_evidence`.
@@ -62,7 +67,7 @@ def publish(
     verified = {
         label: known.proof.passed for label, known in evidence.items() if known.proof is not None
     }
-    report = collect(loaded, verified=verified)
+    report = collect(loaded, verified=verified, curves=sweeps)
     is_page = out.suffix == PAGE_SUFFIX
     folder, name = (out.parent, out.stem) if is_page else (out, "report")
     data, table = write_report(report, folder, name=name)

@@ -2,11 +2,12 @@
 
 Efficient video sampling drops image tokens that look like the same place one frame earlier
 (`nvvl.model.video`). What looks alike is decided on the features of one encoder, so a question has
-its final tokens only when its images are encoded: `encode_questions`.
+its final tokens only when its images are encoded.
 
 Shapes: n tiles, L tokens a tile, H hidden, T tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
-from nvvl.model.processor import ModelInputs, Processor
+from nvvl.model.config import VLMConfig
+from nvvl.model.processor import Batch, ModelInputs, Processor
 from nvvl.model.video import evs_retention_mask, prune_video_tokens
 from nvvl.model.vlm import NemotronNanoVL
 
@@ -53,7 +55,7 @@ class Encoded:
     """A question as one encoder sees it.
 
     Attributes:
-        prompt_ids: (T,) int64, without the image tokens that were pruned.
+        prompt_ids: (T,) int64, without the image tokens that were dropped.
         answer_ids: (N,) int64, the true answer with its end of turn.
         features: (image tokens of the prompt, H).
     """
@@ -80,51 +82,74 @@ def prepare_question(
     return Question(item, _cut(inputs, first), _cut(inputs, last + 1))
 
 
-def encode_questions(
-    encoder: NemotronNanoVL, questions: Sequence[Question], *, pruning_rate: float = 0.0
-) -> list[Encoded]:
-    """Encode the images of questions, and drop the video tokens that are to be pruned.
+def encode_questions(encoder: NemotronNanoVL, questions: Sequence[Question]) -> list[Encoded]:
+    """Encode the images of questions.
 
     Args:
         encoder: the model whose vision tower and projector are used.
         questions: in any order; tiles of neighbours are encoded together.
-        pruning_rate: share of the tokens of each video to drop.
     """
     device = encoder.language_model.lm_head.weight.device
-    pixels = torch.cat([question.prompt.pixel_values for question in questions])
-    parts = [encoder.encode_images(part.to(device)) for part in pixels.split(_TILES_AT_ONCE)]
+    hidden, per_tile = encoder.config.language.hidden_size, encoder.config.tokens_per_tile
+    parts = [torch.zeros(0, per_tile, hidden, dtype=encoder.dtype, device=device)]
+    for pixels in torch.cat([q.prompt.pixel_values for q in questions]).split(_TILES_AT_ONCE):
+        if len(pixels):
+            parts.append(encoder.encode_images(pixels.to(device)))
     per_question = [len(question.prompt.pixel_values) for question in questions]
-    hidden = encoder.config.language.hidden_size
-    features = (
-        torch.cat(parts)
-        if len(pixels)
-        else torch.zeros(0, encoder.config.tokens_per_tile, hidden, device=device)
-    )  # (n, L, H)
+    features = torch.cat(parts).split(per_question)  # (n, L, H) each
     return [
-        _prune(question, rows, encoder.config.image_token_id, pruning_rate)
-        for question, rows in zip(questions, features.split(per_question), strict=True)
+        Encoded(question.prompt.input_ids, question.answer_ids, rows.flatten(0, 1))
+        for question, rows in zip(questions, features, strict=True)
     ]
 
 
-def _prune(
-    question: Question, features: Tensor, image_token_id: int, pruning_rate: float
+def prune_videos(
+    question: Question, encoded: Encoded, config: VLMConfig, pruning_rate: float
 ) -> Encoded:
+    """Drop image tokens of each video that look like the same place one frame earlier.
+
+    Args:
+        question: the question.
+        encoded: the same with all its image tokens.
+        config: the model's config.
+        pruning_rate: share of the tokens of each video to drop; 0 drops none.
+    """
     prompt = question.prompt
-    rows = features.flatten(0, 1)
     if not pruning_rate or prompt.video_mask is None:
-        return Encoded(prompt.input_ids, question.answer_ids, rows)
-    is_image = prompt.input_ids == image_token_id
-    is_video_row = prompt.video_mask[is_image].to(rows.device)
-    frames = rows[is_video_row].unflatten(0, (-1, features.shape[1]))  # (all frames, L, H)
-    side = round(features.shape[1] ** 0.5)
+        return encoded
+    is_image = prompt.input_ids == config.image_token_id
+    is_video_row = prompt.video_mask[is_image].to(encoded.features.device)
+    frames = encoded.features[is_video_row].unflatten(0, (-1, config.tokens_per_tile))
+    side = math.isqrt(config.tokens_per_tile)
     masks = [
-        evs_retention_mask(video.unflatten(1, (side, side)), pruning_rate)
+        evs_retention_mask(video.unflatten(1, (side, side)), pruning_rate).cpu()
         for video in frames.split(list(prompt.video_frames))
     ]
-    kept = prune_video_tokens(prompt.video_mask, [mask.cpu() for mask in masks])
-    return Encoded(
-        prompt.input_ids[kept], question.answer_ids, rows[kept[is_image].to(rows.device)]
+    kept = prune_video_tokens(prompt.video_mask, masks)
+    rows = kept[is_image].to(encoded.features.device)
+    return Encoded(prompt.input_ids[kept], encoded.answer_ids, encoded.features[rows])
+
+
+def collate_ids(rows: Sequence[Tensor], pad_token_id: int) -> Batch:
+    """Pad rows of ids (T,) on the left; the pixels are left out, as they were encoded before."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    padding_mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, length - len(row) :] = row
+        padding_mask[index, length - len(row) :] = True
+    return Batch(
+        input_ids=input_ids,
+        padding_mask=padding_mask,
+        pixel_values=torch.zeros(0, 3, 1, 1),
+        answer_mask=torch.zeros_like(padding_mask),
     )
+
+
+def join_features(questions: Sequence[Encoded]) -> Tensor | None:
+    """Return the features of all questions, one behind the other; None without images."""
+    features = torch.cat([question.features for question in questions])
+    return features if len(features) else None
 
 
 def _cut(inputs: ModelInputs, length: int) -> ModelInputs:

@@ -91,6 +91,7 @@ def test_a_run_is_scored_with_intervals() -> None:
     assert (line.score.low, line.score.high) == pytest.approx((0.82563, 0.94477), abs=1e-5)
     assert page.exact_match.estimate == 0.9
     assert page.score.estimate == pytest.approx(0.95)
+    assert page.cer is not None
     assert page.cer.estimate == pytest.approx(0.02)
     assert line.difference is None
     assert score.kl is None

@@ -20,15 +20,17 @@ from nvvl.errors import DataError
 from nvvl.export.verify import verify
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.reports.depth import measure_depth
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.publish import Publication, publish
 from nvvl.reports.suites import find_suites
+from nvvl.reports.sweep import run_sweep
 
 WIDTHS = [1280, 400]
 SCHEMA = json.loads(
     (Path(nvvl.reports.__file__).parent / "report.schema.json").read_text(encoding="utf-8")
 )
-VOID = {"meta", "link", "img", "br", "path", "circle", "rect", "line"}
+VOID = {"meta", "link", "img", "br", "path", "circle", "rect", "line", "polyline"}
 
 # Shows the page in a frame of a given width, since a window of Chromium is at least 500 wide, and
 # writes down what only a layout can tell.
@@ -92,11 +94,27 @@ def published(
             Candidate(folder=source, out=folder / "runs" / "bf16", label="BF16"),
             Candidate(folder=out, out=folder / "runs" / "w4", label="W4 <b>"),
         ],
-        [replace(suite, max_new_tokens=8) for suite in find_suites(["line", "two_pages"])],
+        [replace(suite, max_new_tokens=8) for suite in find_suites(["line", "two_pages"])]
+        + find_suites(["continuation"]),
         Options(num_items=3, gate_items=2),
         teacher=source,
     )
-    return publish(runs, folder / "report.html")
+    labels = {"BF16": source, "W4 <b>": out}
+    options = Options(num_items=2, gate_items=0)
+    for kind, name, values in (("evs", "video", (0.0, 0.5)), ("tiles", "page", (1, 4))):
+        suites = [replace(suite, max_new_tokens=8) for suite in find_suites([name])]
+        run_sweep(
+            kind,  # type: ignore[arg-type]
+            labels if kind == "tiles" else {"BF16": source},
+            folder / "curves" / kind,
+            options,
+            suites=suites,
+            values=values,
+            num_timed=1,
+        )
+    measure_depth({"W4 <b>": out}, source, folder / "curves" / "evs", suites, num_items=2)
+    curves = [folder / "curves" / kind for kind in ("evs", "tiles")]
+    return publish(runs, folder / "report.html", sweeps=curves)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +232,13 @@ def test_the_page_shows_every_part(page: str, published: Publication) -> None:
         "These are the published scores of NVIDIA Nemotron Nano 12B V2 VL",
         "<strong>Second-hand:</strong>",
         "arXiv 2511.03929v2, Table 8",
+        "arXiv 2511.03929v2, Figure 4",
+        "continuation: perplexity",
+        "Pruning video tokens (EVS)",
+        "Limiting the tiles of an image",
+        "50 % off",
+        "4 tiles",
+        "KL, this layer alone",
     ):
         assert part in page
     assert page.count("data:image/webp") >= 3, "two pages and a line at least"

@@ -1,0 +1,208 @@
+"""Curves on disk: what ``nvvl sweep`` has measured and ``nvvl report`` draws.
+
+``sweep.json`` has accuracy against speed while one setting changes, ``depth.json`` noise along the
+layers. No torch here: curves are drawn from these files alone.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nvvl.errors import DataError, OutputError
+from nvvl.reports.compare import Interval
+
+SweepKind = Literal["evs", "tiles"]
+
+SWEEP_NAME = "sweep.json"
+DEPTH_NAME = "depth.json"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of ``n`` measurements."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a model answered.
+
+    Attributes:
+        first_token_ms: from pixels to the first token.
+        tokens_per_s: tokens written over the whole time, the first token's wait included.
+        num_new_tokens: tokens written for each question.
+    """
+
+    first_token_ms: Spread
+    tokens_per_s: Spread
+    num_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model on one suite, at one value of the setting.
+
+    Attributes:
+        value: pruning rate, or most tiles.
+        score: of the suite's metric.
+        difference: to the first value of the same model, item by item.
+        kl: mean KL(teacher || model) in nats, the teacher being shown everything; None without one.
+        visual_tokens: mean image tokens of a prompt.
+    """
+
+    label: str
+    suite: str
+    value: float
+    score: Interval
+    difference: Interval
+    kl: Interval | None
+    visual_tokens: float
+    speed: Speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Curves of one setting.
+
+    Attributes:
+        metrics: metric of each suite.
+        points: by suite, model and value, in this order.
+        machine: what the times were taken on.
+        num_timed: questions that were timed.
+    """
+
+    kind: SweepKind
+    metrics: dict[str, str]
+    points: tuple[Point, ...]
+    num_items: int
+    num_timed: int
+    seed: int
+    dtype: str
+    machine: str
+    nvvl_version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNoise:
+    """What quantization does at one layer.
+
+    Attributes:
+        kind: mamba, mlp or attention.
+        sqnr_db: infinite where the hidden states are equal, written as null.
+    """
+
+    layer: int
+    kind: str
+    sqnr_db: float | None
+    kl_through: Interval
+    kl_alone: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """The curves of some models against their BF16 source.
+
+    Attributes:
+        layers: by label.
+    """
+
+    suites: tuple[str, ...]
+    num_items: int
+    seed: int
+    dtype: str
+    layers: dict[str, tuple[LayerNoise, ...]]
+    nvvl_version: str
+
+
+def load_sweep(out: Path) -> Sweep:
+    """Read the ``sweep.json`` of a folder, or the file itself.
+
+    Raises:
+        DataError: if it is missing or something else.
+    """
+    path = out / SWEEP_NAME if out.is_dir() else out
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["kind"] not in get_args(SweepKind):
+            raise ValueError(f"kind {values['kind']!r}")
+        return Sweep(**{**values, "points": tuple(map(_read_point, values["points"]))})
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: required what nvvl sweep has written ({error!r})") from None
+
+
+def load_depth(out: Path) -> Depth:
+    """Read the ``depth.json`` of a folder, or the file itself.
+
+    Raises:
+        DataError: if it is missing or something else.
+    """
+    path = out / DEPTH_NAME if out.is_dir() else out
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        layers = {
+            label: tuple(_read_layer(entry) for entry in entries)
+            for label, entries in values["layers"].items()
+        }
+        return Depth(**{**values, "suites": tuple(values["suites"]), "layers": layers})
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: required what nvvl sweep depth has written ({error!r})") from None
+
+
+def load_curves(out: Path) -> tuple[list[Sweep], list[Depth]]:
+    """Read what a folder holds of sweeps and depths.
+
+    Raises:
+        DataError: if it holds neither, or one that is not what it should be.
+    """
+    sweeps = [load_sweep(out / SWEEP_NAME)] if (out / SWEEP_NAME).is_file() else []
+    depths = [load_depth(out / DEPTH_NAME)] if (out / DEPTH_NAME).is_file() else []
+    if not sweeps and not depths:
+        raise DataError(
+            f"{out}: has no {SWEEP_NAME} and no {DEPTH_NAME}; give a folder of nvvl sweep"
+        )
+    return sweeps, depths
+
+
+def write_curves(curves: Sweep | Depth, out: Path) -> None:
+    """Write ``sweep.json`` or ``depth.json`` into a folder, made if needed.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path = out / (SWEEP_NAME if isinstance(curves, Sweep) else DEPTH_NAME)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(curves), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _read_point(values: dict[str, Any]) -> Point:
+    speed = values["speed"]
+    return Point(
+        **{
+            **values,
+            "score": Interval(**values["score"]),
+            "difference": Interval(**values["difference"]),
+            "kl": None if values["kl"] is None else Interval(**values["kl"]),
+            "speed": Speed(
+                first_token_ms=Spread(**speed["first_token_ms"]),
+                tokens_per_s=Spread(**speed["tokens_per_s"]),
+                num_new_tokens=speed["num_new_tokens"],
+            ),
+        }
+    )
+
+
+def _read_layer(values: dict[str, Any]) -> LayerNoise:
+    intervals = {key: Interval(**values[key]) for key in ("kl_through", "kl_alone")}
+    return LayerNoise(**{**values, **intervals})

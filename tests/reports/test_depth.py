@@ -1,0 +1,122 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nvvl.calib_data.items import Item
+from nvvl.errors import DataError
+from nvvl.model.load import load_model
+from nvvl.model.processor import Message, Processor
+from nvvl.reports.curves import Depth, load_depth
+from nvvl.reports.depth import measure_depth
+from nvvl.reports.question import prepare_question
+from nvvl.reports.suites import Suite
+
+PREFIX = "language_model.backbone.layers"
+
+
+def make_item(index: int, seed: int) -> Item:
+    question = "<image>\n" + "Which number? " * (1 + index % 3)
+    return Item(
+        item_id=f"number-{seed}-{index}",
+        messages=(Message("user", question), Message("assistant", str(7 * index))),
+        images=(Image.new("RGB", (32, 32), (9 * index, seed, 200)),),
+    )
+
+
+NUMBERS = Suite(
+    name="number", description="", metric="exact_match", max_new_tokens=3, make_item=make_item
+)
+
+
+@pytest.fixture(scope="module")
+def folders(
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A model, and one whose layers 2 and 5 are others."""
+    root = tmp_path_factory.mktemp("depth")
+    source = make_checkpoint(root / "source")
+    model = load_model(make_checkpoint(root / "drawn", seed=1))
+    changed = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith((f"{PREFIX}.2.", f"{PREFIX}.5.")) and tensor.ndim == 2
+    }
+    return source, make_checkpoint(root / "changed", replace=changed)
+
+
+@pytest.fixture(scope="module")
+def measured(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Depth:
+    source, changed = folders
+    return measure_depth(
+        {"changed": changed, "same": source},
+        source,
+        tmp_path_factory.mktemp("out"),
+        [NUMBERS],
+        num_items=5,
+        batch_size=2,
+        dtype=torch.float32,
+    )
+
+
+def test_noise_enters_where_layers_differ(measured: Depth) -> None:
+    layers = measured.layers["changed"]
+    assert [layer.kind for layer in layers[:4]] == ["mamba", "mlp", "mamba", "attention"]
+    assert [layer.kl_alone.estimate > 0 for layer in layers] == [
+        i in (2, 5) for i in range(len(layers))
+    ]
+    assert [layer.kl_through.estimate > 0 for layer in layers] == [
+        i >= 2 for i in range(len(layers))
+    ]
+    assert [layer.sqnr_db is None for layer in layers] == [i < 2 for i in range(len(layers))]
+    assert layers[2].kl_alone.estimate == layers[2].kl_through.estimate
+    assert layers[4].kl_through.estimate == pytest.approx(layers[2].kl_through.estimate, rel=1e-4)
+
+
+def test_the_curve_ends_at_the_divergence_of_the_whole_model(
+    measured: Depth, folders: tuple[Path, Path]
+) -> None:
+    source, changed = (load_model(folder, dtype=torch.float32) for folder in folders)
+    processor = Processor.from_folder(folders[0])
+    kls = []
+    for item in NUMBERS.items(5):
+        inputs = prepare_question(item, processor).answered
+        with torch.inference_mode():
+            p, q = (
+                model(inputs.input_ids[None], pixel_values=inputs.pixel_values)
+                .logits[0, :-1][inputs.answer_mask[1:]]
+                .double()
+                .log_softmax(-1)
+                for model in (source, changed)
+            )
+        kls.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    last = measured.layers["changed"][-1].kl_through
+    # float32 forward, padded against unpadded
+    assert last.estimate == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert last.n == 5
+
+
+def test_a_model_has_no_noise_against_itself(measured: Depth) -> None:
+    for layer in measured.layers["same"]:
+        assert layer.sqnr_db is None
+        assert layer.kl_through.estimate == layer.kl_alone.estimate == 0.0
+
+
+def test_what_was_written_is_read_back(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    depth = measure_depth({"A": folders[1]}, folders[0], tmp_path, [NUMBERS], num_items=2)
+    assert load_depth(tmp_path) == depth
+    path = tmp_path / "depth.json"
+    path.write_text(json.dumps({"layers": {"A": [{}]}}))
+    with pytest.raises(DataError, match="required what nvvl sweep depth has written"):
+        load_depth(path)
+
+
+def test_a_model_with_other_layers_is_refused(
+    make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", language={"hybrid_override_pattern": "M-M-"})
+    with pytest.raises(DataError, match="has other layers than"):
+        measure_depth({"other": other}, tiny_checkpoint, tmp_path, [NUMBERS], num_items=1)

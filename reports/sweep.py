@@ -44,6 +44,7 @@ def run_sweep(
     values: Sequence[float] | None = None,
     teacher: Path | None = None,
     num_timed: int = 8,
+    num_new_tokens: int = 32,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Sweep:
@@ -58,6 +59,7 @@ def run_sweep(
         values: of the setting, the one compared with first.
         teacher: BF16 model to measure KL against.
         num_timed: questions to time.
+        num_new_tokens: tokens to write to each of them.
         overwrite: discard runs with other settings.
         progress: called as `evaluate` does.
 
@@ -71,7 +73,8 @@ def run_sweep(
     _check_media(kind, suites)
     options = replace(options, gate_items=0)
     runs = _run_all(kind, candidates, out, options, suites, values, teacher, overwrite, progress)
-    speeds = _time_all(kind, candidates, options, suites, values, min(num_timed, options.num_items))
+    num_timed = min(num_timed, options.num_items)
+    speeds = _time_all(kind, candidates, options, suites, values, num_timed, num_new_tokens)
     sweep = Sweep(
         kind=kind,
         metrics={suite.name: suite.metric for suite in suites},
@@ -82,7 +85,7 @@ def run_sweep(
             for value in values
         ),
         num_items=options.num_items,
-        num_timed=min(num_timed, options.num_items),
+        num_timed=num_timed,
         seed=options.seed,
         dtype=str(options.dtype).removeprefix("torch."),
         machine=describe_machine(options.device),
@@ -140,6 +143,7 @@ def _time_all(
     suites: Sequence[Suite],
     values: Sequence[float],
     num_timed: int,
+    num_new_tokens: int,
 ) -> dict[tuple[str, str, float], Speed]:
     """Return the speed of each suite, model and value."""
     models = {
@@ -157,7 +161,8 @@ def _time_all(
             rate = value if kind == "evs" else 0.0
             for label, model in models.items():
                 contenders[suite.name, label, value] = Contender(model, questions, rate)
-        speeds.update(zip(contenders, measure_speed(list(contenders.values())), strict=True))
+        measured = measure_speed(list(contenders.values()), num_new_tokens=num_new_tokens)
+        speeds.update(zip(contenders, measured, strict=True))
     return speeds
 
 

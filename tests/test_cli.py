@@ -288,7 +288,7 @@ def test_proof_of_no_run_is_refused(source: Path, tmp_path: Path) -> None:
 
 def test_two_models_of_one_name_are_refused(source: Path, tmp_path: Path) -> None:
     result = run("evaluate", source, source, "-o", tmp_path / "runs")
-    assert_user_error(result, "another folder")
+    assert_user_error(result, "required different folders", "--label")
 
 
 def test_calibration_set_can_be_looked_at(tmp_path: Path) -> None:

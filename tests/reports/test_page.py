@@ -111,6 +111,7 @@ def published(
             suites=suites,
             values=values,
             num_timed=1,
+            num_new_tokens=3,
         )
     measure_depth({"W4 <b>": out}, source, folder / "curves" / "evs", suites, num_items=2)
     curves = [folder / "curves" / kind for kind in ("evs", "tiles")]

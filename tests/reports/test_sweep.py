@@ -64,6 +64,7 @@ def swept(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         values=(0.0, 0.5, 0.75),
         teacher=tiny_checkpoint,
         num_timed=2,
+        num_new_tokens=3,
     )
     return out, sweep
 
@@ -124,6 +125,7 @@ def test_a_second_sweep_asks_nothing_again(
         values=(0.0, 0.5, 0.75),
         teacher=tiny_checkpoint,
         num_timed=2,
+        num_new_tokens=3,
     )
     assert [p.score for p in again.points] == [p.score for p in sweep.points]
 
@@ -140,6 +142,7 @@ def test_tiles_are_limited_one_run_a_limit(
         suites=[SHEET],
         values=(1, 4),
         num_timed=1,
+        num_new_tokens=3,
     )
     seen = [(p.label, p.value, p.visual_tokens, p.kl) for p in sweep.points]
     # a page of 2 x 2 tiles, and its thumbnail

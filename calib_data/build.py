@@ -1,77 +1,261 @@
-"""Which items a calibration set has, from its name: the default mixture, or a user's own files."""
+"""Builds a calibration set: from the sources of a spec to a folder with every item in it.
 
-import random
+Items are made one after the other and stored at once. What cannot be used, is longer than the
+limit, or is there already is left out, counted and named in the manifest, and the source's next
+item takes its place; a source that runs out before its count is an error. Nothing is ever cut.
+
+Before the folder gets its name, its items are compared with the items of evaluation suites.
+"""
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nvvl.calib_data.sources import (
-    PASSAGE,
-    ItemSource,
-    folder_items,
-    generated_items,
-    jsonl_items,
+import nvvl
+from nvvl.calib_data.built import (
+    FORMAT,
+    SHEET,
+    VERSION,
+    Row,
+    is_built,
+    item_row,
+    write_manifest,
+    write_table,
 )
-from nvvl.errors import DataError
+from nvvl.calib_data.contact_sheet import SheetMaker
+from nvvl.calib_data.counts import count_tokens, describe_processor
+from nvvl.calib_data.fingerprints import Fingerprints, Overlap, find_overlaps
+from nvvl.calib_data.items import Item
+from nvvl.calib_data.mixture import finish_item, list_candidates
+from nvvl.calib_data.source_spec import Source
+from nvvl.calib_data.spec import SetSpec
+from nvvl.calib_data.summary import summarize
+from nvvl.errors import DataError, OutputError
+from nvvl.model.processor import Processor
 
-DEFAULT = "default"
+Progress = Callable[[str, int, int], None]
+# An evaluation suite by name, as its items.
+Suites = Mapping[str, Callable[[], Iterable[Item]]]
 
-# The default mixture repeats this, so a smaller set is the beginning of a larger one.
-_MIXTURE = (
-    "card",
-    PASSAGE,
-    "line",
-    "table",
-    "page",
-    "text",
-    "video",
-    "card",
-    "line",
-    "chart",
-    "two_pages",
-    "card",
-    "table",
-    "receipt",
-    "page",
-    "card",
-)
+_VERSIONS = ("datasets", "pillow", "pyarrow", "av", "pypdfium2")
+_NUM_NAMED = 5  # overlaps that an error names
 
 
-def list_items(spec: str | Path, *, num_items: int, seed: int) -> list[ItemSource]:
-    """List the items of a calibration set, without reading pixels.
+@dataclass
+class SourceRecord:
+    """What became of a source.
+
+    Attributes:
+        bad: Items that could not be made, each with the reason.
+        too_long: Items over the limit, each with its tokens.
+        duplicates: Items equal to an earlier one of the set.
+    """
+
+    name: str
+    kind: str
+    num_items: int = 0
+    bad: list[dict[str, str]] = field(default_factory=list)
+    too_long: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+
+
+def build_set(
+    spec: SetSpec,
+    out: Path,
+    *,
+    base: Path,
+    processor: Processor,
+    suites: Suites,
+    skip_bad: bool = False,
+    allow_overlap: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build a set.
 
     Args:
-        spec: ``default`` for generated documents, else a folder of images (or with one JSONL
-            file), or a ``.jsonl`` file.
-        num_items: How many items to take; of a user's files fewer if there are fewer.
-        seed: Which documents are generated, or which of the user's items are taken.
+        spec: What it holds.
+        out: The folder to make.
+        base: Folder that the paths of the spec are relative to.
+        processor: Of ``spec.model``; counts the tokens.
+        suites: Items of each suite that the set must not overlap with.
+        skip_bad: Leave out items that cannot be made, in place of raising.
+        allow_overlap: Keep items that overlap with a suite, and record them.
+        overwrite: Replace an ``out`` that is a built set.
+        progress: Called with a source or suite, items done and items in all.
+
+    Returns:
+        The manifest.
 
     Raises:
-        DataError: if num_items is not positive, the path does not exist or holds no items, or a
-            line of JSONL is malformed.
+        DataError: if a source or an item cannot be used, a source has too few items, or items
+            overlap with a suite.
+        OutputError: if ``out`` exists and is not to be replaced.
     """
-    if num_items < 1:
-        raise DataError(f"calibration set: required at least one item, got num_items={num_items}")
-    if spec == DEFAULT:
-        kinds = [_MIXTURE[index % len(_MIXTURE)] for index in range(num_items)]
-        return generated_items(kinds, seed=seed, split="train")
-    sources = _read_own(Path(spec))
-    if len(sources) <= num_items:
-        return sources
-    chosen = random.Random(seed).sample(range(len(sources)), num_items)
-    return [sources[index] for index in sorted(chosen)]
+    with _staged(out, overwrite=overwrite) as folder:
+        builder = _Builder(spec, folder, base, processor, skip_bad, progress)
+        for source in spec.sources:
+            builder.add(source)
+        overlaps = _check_overlaps(builder.prints, suites, allow_overlap, progress)
+        write_table(builder.rows, folder)
+        builder.sheet.save(folder / SHEET)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": spec.name,
+            "spec": spec.to_dict(),
+            "processor": describe_processor(processor),
+            "summary": summarize(builder.rows),
+            "sources": [asdict(record) for record in builder.records],
+            "overlap": {"suites": list(suites), "found": [asdict(overlap) for overlap in overlaps]},
+            "versions": _versions(),
+        }
+        write_manifest(manifest, folder)
+    return manifest
 
 
-def _read_own(path: Path) -> list[ItemSource]:
-    if path.is_file():
-        if path.suffix != ".jsonl":
-            raise DataError(f"{path}: required a folder of images or a .jsonl file")
-        return jsonl_items(path)
-    if not path.is_dir():
+class _Builder:
+    """Gathers the items of one set after another source."""
+
+    def __init__(
+        self,
+        spec: SetSpec,
+        folder: Path,
+        base: Path,
+        processor: Processor,
+        skip_bad: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.records: list[SourceRecord] = []
+        self.prints = Fingerprints()
+        self.sheet = SheetMaker()
+        self._spec = spec
+        self._folder = folder
+        self._base = base
+        self._processor = processor
+        self._skip_bad = skip_bad
+        self._progress = progress
+        self._hashes: dict[str, str] = {}
+
+    def add(self, source: Source) -> None:
+        """Take the items of a source, in the order the source has them."""
+        record = SourceRecord(name=source.name, kind=source.kind)
+        self.records.append(record)
+        taken: list[tuple[int, Row]] = []
+        ids: set[str] = set()
+        for place, candidate in list_candidates(source, seed=self._spec.seed, base=self._base):
+            try:
+                item = finish_item(source, candidate.load())
+                if item.item_id in ids:
+                    raise DataError(f"{item.item_id}: is the id of an earlier item")
+                row = self._make_row(source, item, record)
+            except DataError as error:
+                self._require_skip(source, error)
+                record.bad.append({"id": candidate.item_id, "reason": str(error)})
+                continue
+            if row is not None:
+                ids.add(item.item_id)
+                taken.append((place, row))
+                self._report(source, len(taken))
+            if len(taken) == source.count:
+                break
+        _require_enough(source, record, len(taken))
+        record.num_items = len(taken)
+        self.rows += [row for _, row in sorted(taken, key=lambda pair: pair[0])]
+
+    def _make_row(self, source: Source, item: Item, record: SourceRecord) -> Row | None:
+        """Store an item; None if it is too long, or there already."""
+        try:
+            counts = count_tokens(item, self._processor)
+        except DataError as error:
+            raise DataError(f"{item.item_id}: {error}") from None
+        limit = self._spec.max_tokens
+        if limit is not None and counts.total > limit:
+            record.too_long.append({"id": item.item_id, "tokens": counts.total})
+            return None
+        row = item_row(item, counts, source.name, self._folder)
+        if row["sha256"] in self._hashes:
+            record.duplicates.append(item.item_id)
+            return None
+        self._hashes[row["sha256"]] = item.item_id
+        self.prints.add(item)
+        self.sheet.add(item)
+        return row
+
+    def _require_skip(self, source: Source, error: DataError) -> None:
+        if not self._skip_bad:
+            raise DataError(f"{source.name}: {error}; --skip-bad leaves bad items out") from None
+
+    def _report(self, source: Source, num_taken: int) -> None:
+        if self._progress is not None:
+            self._progress(source.name, num_taken, max(source.count or 0, num_taken))
+
+
+def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> None:
+    if num_taken == 0 or num_taken < (source.count or 0):
         raise DataError(
-            f"{path}: no such file or folder; required {DEFAULT!r}, a folder of images or a "
-            ".jsonl file"
+            f"{source.name}: required {source.count or 'at least 1'} items, got {num_taken} "
+            f"({len(record.bad)} bad, {len(record.too_long)} too long, {len(record.duplicates)} "
+            "twice); lower count, or give the source more"
         )
-    tables = sorted(path.glob("*.jsonl"))
-    if len(tables) > 1:
-        names = ", ".join(table.name for table in tables)
-        raise DataError(f"{path}: holds several JSONL files ({names}); name the one to use")
-    return jsonl_items(tables[0]) if tables else folder_items(path)
+
+
+def _check_overlaps(
+    prints: Fingerprints, suites: Suites, allow: bool, progress: Progress | None
+) -> list[Overlap]:
+    overlaps: list[Overlap] = []
+    for number, (name, items) in enumerate(suites.items(), start=1):
+        overlaps += find_overlaps(prints, Fingerprints.of(items()), name)
+        if progress is not None:
+            progress("compared with suites", number, len(suites))
+    if overlaps and not allow:
+        named = ", ".join(
+            f"{overlap.item_id} shares a {overlap.kind} with {overlap.other_id}"
+            for overlap in overlaps[:_NUM_NAMED]
+        )
+        rest = f" and {len(overlaps) - _NUM_NAMED} more" if len(overlaps) > _NUM_NAMED else ""
+        raise DataError(
+            f"the set overlaps with what models are evaluated on: {named}{rest}; leave these out, "
+            "or say --allow-overlap, which records them"
+        )
+    return overlaps
+
+
+@contextmanager
+def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to write in, which becomes ``out`` when everything is written."""
+    if out.exists() and not (overwrite and is_built(out)):
+        way_out = "it is no calibration set" if overwrite else "name another, or say --overwrite"
+        raise OutputError(f"{out}: exists; {way_out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be made ({error.strerror})") from None
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"nvvl": nvvl.__version__}
+    for name in _VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
+            continue
+    return versions

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import overload
 
-from nvvl.calib_data.build import DEFAULT, list_items
 from nvvl.calib_data.items import Item, item_hash
+from nvvl.calib_data.listing import DEFAULT, list_items
 from nvvl.calib_data.sources import ItemSource
 
 
@@ -58,14 +58,14 @@ def load_calibration_set(
     """Return a calibration set whose items are read or drawn when they are used.
 
     Args:
-        spec: None or ``default`` for the generated mixture of documents and text, else a folder of
-            images (asked to be described, or described by one JSONL file in it) or a ``.jsonl``
-            file.
+        spec: None or ``default`` for the generated mixture of documents and text, else a set that
+            ``nvvl calib build`` made, a folder of images (asked to be described, or described by
+            one JSONL file in it) or a ``.jsonl`` file.
         num_items: How many items to take; a user's files are all taken if they are fewer.
         seed: Which documents are generated, or which of the user's items are taken.
 
     Raises:
-        DataError: as `nvvl.calib_data.build.list_items`; an unreadable image or video raises it
+        DataError: as `nvvl.calib_data.listing.list_items`; an unreadable image or video raises it
             when its item is used.
     """
     spec = DEFAULT if spec is None else spec

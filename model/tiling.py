@@ -16,6 +16,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -114,24 +115,29 @@ def normalize(tiles: torch.Tensor, *, mean: Sequence[float], std: Sequence[float
     return (tiles / 255 - mean_tensor) / std_tensor
 
 
-def open_image(path: Path | str) -> Image.Image:
+def open_image(source: Path | str | IO[bytes], *, name: str = "") -> Image.Image:
     """Read an image file, the first frame of an animated one, as upright 8-bit RGB.
+
+    Args:
+        source: Path of the file, or its bytes as a stream.
+        name: What errors call a stream.
 
     Raises:
         DataError: if the file is missing, not an image, damaged, or refused by `to_rgb`.
     """
+    where = name or source
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             return to_rgb(image)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
+        raise DataError(f"{where}: no such image file") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not an image in a format that Pillow reads") from None
+        raise DataError(f"{where}: not an image in a format that Pillow reads") from None
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
     except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: the image cannot be read ({error})") from None
+        raise DataError(f"{where}: the image cannot be read ({error})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 
 from nvvl.calib_data.items import item_hash
+from nvvl.calib_data.jsonl_files import jsonl_items
 from nvvl.calib_data.sources import (
     DEFAULT_QUESTION,
     IMAGE_SUFFIXES,
     folder_items,
     generated_items,
-    jsonl_items,
 )
 from nvvl.errors import DataError
 

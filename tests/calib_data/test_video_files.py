@@ -5,7 +5,7 @@ import av
 import numpy as np
 import pytest
 
-from nvvl.calib_data.sources import jsonl_items
+from nvvl.calib_data.jsonl_files import jsonl_items
 from nvvl.calib_data.video_files import read_video
 from nvvl.errors import DataError
 

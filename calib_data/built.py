@@ -1,0 +1,171 @@
+"""A built calibration set on disk, written and read.
+
+    OUT/manifest.json       the resolved spec, counts, what was left out and why, hashes
+    OUT/items.parquet       one row an item: turns, names of pictures, token counts
+    OUT/media/ab/ab12...    every image and frame once, as PNG under the hash of its pixels
+    OUT/contact_sheet.png   a look at the set
+
+Two builds of one spec give the same bytes. An item read back has the hash it was built with, or is
+refused: the table is checked against the manifest, pictures against their names.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nvvl.calib_data.counts import TokenCounts, counts_row
+from nvvl.calib_data.items import Item, item_hash
+from nvvl.calib_data.media import read_picture, save_picture
+from nvvl.calib_data.sources import ItemSource
+from nvvl.errors import DataError
+from nvvl.model.prompt import Message
+from nvvl.model.video import Video
+
+FORMAT = "nvvl calibration set"
+VERSION = 1
+MANIFEST = "manifest.json"
+TABLE = "items.parquet"
+SHEET = "contact_sheet.png"
+
+Row = dict[str, Any]
+
+
+def is_built(folder: Path) -> bool:
+    """Tell whether a folder has the files of a built set."""
+    return (folder / MANIFEST).is_file() and (folder / TABLE).is_file()
+
+
+def item_row(item: Item, counts: TokenCounts, source: str, folder: Path) -> Row:
+    """Store an item's pictures below a folder and return its row of the table."""
+    return {
+        "id": item.item_id,
+        "sha256": item_hash(item),
+        "source": source,
+        "domain": item.domain,
+        "messages": [{"role": m.role, "content": m.content} for m in item.messages],
+        "images": [save_picture(image, folder) for image in item.images],
+        "videos": [
+            {
+                "fps": video.fps,
+                "frame_indices": list(video.frame_indices),
+                "frames": [save_picture(frame, folder) for frame in video.frames],
+            }
+            for video in item.videos
+        ],
+        **{f"{key}_tokens": value for key, value in counts_row(counts).items() if key != "tiles"},
+        "tiles": list(counts.tiles),
+    }
+
+
+def write_table(rows: Sequence[Row], folder: Path) -> None:
+    """Write the table of items."""
+    import datasets
+
+    string, integer = datasets.Value("string"), datasets.Value("int64")
+    numbers = [datasets.Value("int64")]
+    names = [string]
+    features = datasets.Features(
+        {
+            "id": string,
+            "sha256": string,
+            "source": string,
+            "domain": string,
+            "messages": [{"role": string, "content": string}],
+            "images": names,
+            "videos": [
+                {"fps": datasets.Value("float64"), "frame_indices": numbers, "frames": names}
+            ],
+            **{f"{kind}_tokens": integer for kind in ("text", "image", "video", "answer")},
+            "tiles": numbers,
+        }
+    )
+    table = datasets.Dataset.from_list(list(rows), features=features)
+    with (folder / TABLE).open("wb") as file:  # no progress bar for a file of ours
+        table.to_parquet(file)
+
+
+def write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
+    """Write the manifest, with the hash of the table and the contact sheet."""
+    files = {name: _hash_file(folder / name) for name in (TABLE, SHEET)}
+    text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a built set.
+
+    Raises:
+        DataError: if it is missing, or not one of a calibration set that this version reads.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else ()
+    if found != (FORMAT, VERSION):
+        raise DataError(
+            f"{path}: required a {FORMAT} of version {VERSION}, got {found}; build it again with "
+            "nvvl calib build"
+        )
+    return dict(manifest)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read the table of a built set.
+
+    Raises:
+        DataError: if it is not the one that the manifest names.
+    """
+    import datasets
+
+    manifest = read_manifest(folder)
+    path = folder / TABLE
+    try:
+        found = _hash_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if found != manifest["files"][TABLE]:
+        raise DataError(f"{path}: is not the table that {MANIFEST} names; build the set again")
+    # streamed, for reading it as a whole would leave a copy in the user's cache
+    table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    return list(table)
+
+
+def built_items(folder: Path) -> list[ItemSource]:
+    """List the items of a built set; their pictures are read when they are used.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    return [ItemSource(row["id"], partial(_load, row, folder)) for row in read_rows(folder)]
+
+
+def _load(row: Row, folder: Path) -> Item:
+    item = Item(
+        item_id=row["id"],
+        messages=tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]),
+        images=tuple(read_picture(folder, name) for name in row["images"]),
+        videos=tuple(
+            Video(
+                tuple(read_picture(folder, name) for name in video["frames"]),
+                video["fps"],
+                tuple(video["frame_indices"]),
+            )
+            for video in row["videos"]
+        ),
+        domain=row["domain"],
+    )
+    if item_hash(item) != row["sha256"]:
+        raise DataError(f"{folder}: item {item.item_id} is not what was built; build the set again")
+    return item
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

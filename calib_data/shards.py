@@ -1,0 +1,124 @@
+"""Conversations whose images lie in tar files beside them, as ``nvidia/Nemotron-VLM-Dataset-v2``.
+
+A subset is a folder with ``SUBSET.jsonl``, whose messages are lists of ``{"type": "text"}`` and
+``{"type": "image", "image": NAME}``, and ``media/*.tar`` with files of those names. Shards are
+gigabytes, so a tar file is read from its beginning only as far as images are needed, and then the
+conversations of these images are looked up. Those whose images are not all among them are passed
+over, and so are subsets whose images are not in the repository: they have no shards.
+
+The layout is that of the data set's ``data_format.md`` and of ModelOpt 0.47's reader.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from nvvl.calib_data.items import Item
+from nvvl.calib_data.source_spec import Shards
+from nvvl.calib_data.sources import IMAGE_SUFFIXES, ItemSource, failing_source
+from nvvl.errors import DataError
+from nvvl.model.prompt import Message
+from nvvl.model.tiling import open_image
+
+# Images read for each item wanted: some items have several, some images have no item.
+_IMAGES_PER_ITEM = 2
+
+
+def shard_items(source: Shards, *, base: Path) -> Iterator[ItemSource]:
+    """List the conversations of a subset in the order of its images.
+
+    Args:
+        source: Which data set and subset.
+        base: Folder that a local data set is relative to.
+
+    Raises:
+        DataError: naming the data set, if it does not exist or cannot be reached, has no shards, or
+            a file is damaged.
+    """
+    import fsspec
+
+    root = str(base / source.dataset)
+    if not Path(root).is_dir():
+        version = f"@{source.revision}" if source.revision else ""
+        root = f"hf://datasets/{source.dataset}{version}"
+    folder = f"{root}/{source.subset}"
+    where = f"dataset {source.dataset} {source.subset}"
+    try:
+        system, path = fsspec.core.url_to_fs(folder)
+        shards = sorted(system.glob(f"{path}/media/*.tar"))[source.first_shard :]
+        if not shards:
+            raise DataError(f"{where}: required shards in {folder}/media, found none")
+        images = _images(system, shards)
+        while pool := _take(images, _IMAGES_PER_ITEM * (source.count or 1)):
+            with system.open(f"{path}/{source.subset}.jsonl", "rb") as lines:
+                yield from _match(lines, pool, where)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise DataError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _images(system: Any, shards: list[str]) -> Iterator[tuple[str, bytes]]:
+    for shard in shards:
+        with (
+            system.open(shard, "rb") as file,
+            tarfile.open(fileobj=file, mode="r|*") as archive,
+        ):
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is not None and member.name.lower().endswith(IMAGE_SUFFIXES):
+                    yield member.name, stream.read()
+
+
+def _take(images: Iterator[tuple[str, bytes]], count: int) -> dict[str, bytes]:
+    return dict(pair for pair, _ in zip(images, range(count), strict=False))
+
+
+def _match(lines: IO[bytes], pool: Mapping[str, bytes], where: str) -> Iterator[ItemSource]:
+    """Yield the conversations of which every image is in the pool, and that have one."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            names = _image_names(row)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            yield failing_source(f"line {number}", DataError(f"{where}:{number}: {error!r}"))
+            continue
+        if names and all(name in pool for name in names):
+            item_id = str(row.get("id", number))
+            data = [pool[name] for name in names]
+            yield ItemSource(item_id, partial(_make_item, row, data, item_id, f"{where}:{number}"))
+
+
+def _image_names(row: Mapping[str, Any]) -> list[str]:
+    return [
+        part["image"]
+        for message in row["messages"]
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def _make_item(row: Mapping[str, Any], data: list[bytes], item_id: str, where: str) -> Item:
+    try:
+        messages = tuple(
+            Message(message["role"], _join(message["content"])) for message in row["messages"]
+        )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    images = tuple(open_image(io.BytesIO(blob), name=where) for blob in data)
+    return Item(item_id=item_id, messages=messages, images=images)
+
+
+def _join(content: str | list[dict[str, Any]]) -> str:
+    """Write the parts of a message as one text with placeholders."""
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for part in content:
+        if part["type"] not in ("text", "image"):
+            raise DataError(f"messages: parts of type {part['type']} are not read from shards")
+        pieces.append("<image>\n" if part["type"] == "image" else str(part["text"]))
+    return "".join(pieces)

@@ -20,7 +20,7 @@ from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize
-from nvvl.reports.command import demo, evaluate, report, sweep
+from nvvl.reports.command import build_calibration_set, demo, evaluate, report, sweep
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report of a process ended by Ctrl-C
@@ -52,7 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-calib_app = typer.Typer(help="Look at calibration sets.", no_args_is_help=True)
+calib_app = typer.Typer(help="Build and look at calibration sets.", no_args_is_help=True)
 app.add_typer(calib_app, name="calib")
 export_app = typer.Typer(
     help="Turn a checkpoint into what other software runs.", no_args_is_help=True
@@ -70,6 +70,9 @@ export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
 app.command(epilog="Example: nvvl sweep evs embedded OUT -o sweep")(sweep)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
+calib_app.command("build", epilog="Example: nvvl calib build my-set.toml my-set")(
+    build_calibration_set
+)
 calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")(show)
 app.command(epilog='Example: nvvl chat embedded --image page.png "What is the total?"')(chat)
 app.command(epilog="Example: nvvl demo -o demo")(demo)

@@ -17,7 +17,9 @@ ModelArgument = Annotated[
 ]
 CalibArgument = Annotated[
     str,
-    typer.Argument(metavar="SET", help="The word: default, a folder of images, or a JSONL file."),
+    typer.Argument(
+        metavar="SET", help="The word: default, a built set, a folder of images, or a JSONL file."
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")]

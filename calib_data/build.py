@@ -8,9 +8,11 @@ Before the folder gets its name, its items are compared with the items of evalua
 """
 
 import importlib.metadata
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from nvvl.calib_data.contact_sheet import SheetMaker
 from nvvl.calib_data.counts import count_tokens, describe_processor
 from nvvl.calib_data.fingerprints import Fingerprints, Overlap, find_overlaps
 from nvvl.calib_data.items import Item
-from nvvl.calib_data.mixture import finish_item, list_candidates
+from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
 from nvvl.calib_data.source_spec import Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
@@ -74,6 +76,7 @@ def build_set(
     skip_bad: bool = False,
     allow_overlap: bool = False,
     overwrite: bool = False,
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build a set.
@@ -87,6 +90,7 @@ def build_set(
         skip_bad: Leave out items that cannot be made, in place of raising.
         allow_overlap: Keep items that overlap with a suite, and record them.
         overwrite: Replace an ``out`` that is a built set.
+        jobs: Processes that draw the suites.
         progress: Called with a source or suite, items done and items in all.
 
     Returns:
@@ -101,7 +105,7 @@ def build_set(
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
         for source in spec.sources:
             builder.add(source)
-        overlaps = _check_overlaps(builder.prints, suites, allow_overlap, progress)
+        overlaps = _check_overlaps(builder.prints, suites, allow_overlap, jobs, progress)
         write_table(builder.rows, folder)
         builder.sheet.save(folder / SHEET)
         manifest: dict[str, Any] = {
@@ -149,7 +153,7 @@ class _Builder:
         self.records.append(record)
         taken: list[tuple[int, Row]] = []
         ids: set[str] = set()
-        for place, candidate in list_candidates(source, seed=self._spec.seed, base=self._base):
+        for place, candidate in self._candidates(source):
             try:
                 item = finish_item(source, candidate.load())
                 if item.item_id in ids:
@@ -168,6 +172,12 @@ class _Builder:
         _require_enough(source, record, len(taken))
         record.num_items = len(taken)
         self.rows += [row for _, row in sorted(taken, key=lambda pair: pair[0])]
+
+    def _candidates(self, source: Source) -> Iterator[Candidate]:
+        try:
+            yield from list_candidates(source, seed=self._spec.seed, base=self._base)
+        except DataError as error:
+            raise DataError(f"{source.name}: {error}") from None
 
     def _make_row(self, source: Source, item: Item, record: SourceRecord) -> Row | None:
         """Store an item; None if it is too long, or there already."""
@@ -207,11 +217,11 @@ def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> Non
 
 
 def _check_overlaps(
-    prints: Fingerprints, suites: Suites, allow: bool, progress: Progress | None
+    prints: Fingerprints, suites: Suites, allow: bool, jobs: int, progress: Progress | None
 ) -> list[Overlap]:
     overlaps: list[Overlap] = []
-    for number, (name, items) in enumerate(suites.items(), start=1):
-        overlaps += find_overlaps(prints, Fingerprints.of(items()), name)
+    for number, (name, theirs) in enumerate(_suite_prints(suites, jobs), start=1):
+        overlaps += find_overlaps(prints, theirs, name)
         if progress is not None:
             progress("compared with suites", number, len(suites))
     if overlaps and not allow:
@@ -225,6 +235,20 @@ def _check_overlaps(
             "or say --allow-overlap, which records them"
         )
     return overlaps
+
+
+def _suite_prints(suites: Suites, jobs: int) -> Iterator[tuple[str, Fingerprints]]:
+    """Take the fingerprints of every suite, in the given order."""
+    if jobs == 1:
+        yield from ((name, _prints_of(items)) for name, items in suites.items())
+        return
+    # spawned, for forking a process that has threads of torch's can hang
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(suites, pool.map(_prints_of, suites.values()), strict=True)
+
+
+def _prints_of(items: Callable[[], Iterable[Item]]) -> Fingerprints:
+    return Fingerprints.of(items())
 
 
 @contextmanager

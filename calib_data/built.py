@@ -11,12 +11,13 @@ refused: the table is checked against the manifest, pictures against their names
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvvl.calib_data.counts import TokenCounts, counts_row
+from nvvl.calib_data.counts import TokenCounts
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.media import read_picture, save_picture
 from nvvl.calib_data.sources import ItemSource
@@ -55,7 +56,10 @@ def item_row(item: Item, counts: TokenCounts, source: str, folder: Path) -> Row:
             }
             for video in item.videos
         ],
-        **{f"{key}_tokens": value for key, value in counts_row(counts).items() if key != "tiles"},
+        "text_tokens": counts.text,
+        "image_tokens": counts.image,
+        "video_tokens": counts.video,
+        "answer_tokens": counts.answer,
         "tiles": list(counts.tiles),
     }
 
@@ -82,9 +86,9 @@ def write_table(rows: Sequence[Row], folder: Path) -> None:
             "tiles": numbers,
         }
     )
-    table = datasets.Dataset.from_list(list(rows), features=features)
-    with (folder / TABLE).open("wb") as file:  # no progress bar for a file of ours
-        table.to_parquet(file)
+    with _quiet_datasets():
+        table = datasets.Dataset.from_list(list(rows), features=features)
+        table.to_parquet(folder / TABLE)
 
 
 def write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
@@ -164,6 +168,20 @@ def _load(row: Row, folder: Path) -> Item:
     if item_hash(item) != row["sha256"]:
         raise DataError(f"{folder}: item {item.item_id} is not what was built; build the set again")
     return item
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep the library ``datasets`` from drawing progress bars of its own."""
+    import datasets
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
 
 
 def _hash_file(path: Path) -> str:

@@ -21,13 +21,20 @@ def show(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show items of a calibration set: id, hash, pictures, and what is asked and answered."""
+    """Show a built set in numbers, and items of any: pictures, questions, answers."""
+    from nvvl.calib_data.built import SHEET, is_built, read_manifest
     from nvvl.calib_data.items import item_hash
     from nvvl.calib_data.manifest import load_calibration_set
-    from nvvl.console import print_json
+    from nvvl.calib_data.summary import summary_tables
+    from nvvl.console import print_json, print_table
 
+    manifest = read_manifest(Path(spec)) if is_built(Path(spec)) else None
     if save is not None:
         _make_new_folder(save)
+    if manifest is not None and not as_json:
+        for table in summary_tables(manifest):
+            print_table(table)
+        print(f"{Path(spec) / SHEET}\n")
     rows = []
     for item in load_calibration_set(spec, num_items=samples, seed=seed).items:
         pictures = [*item.images, *(frame for video in item.videos for frame in video.frames)]
@@ -43,7 +50,7 @@ def show(
             for message in item.messages:
                 print(f"  {message.role}: {shorten(message.content, 90)}")
     if as_json:
-        print_json(rows)
+        print_json(rows if manifest is None else {**manifest, "items": rows})
 
 
 def _make_new_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ never a truncation.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
@@ -88,11 +88,6 @@ def describe_processor(processor: Processor) -> dict[str, object]:
     }
 
 
-def counts_row(counts: TokenCounts) -> dict[str, object]:
-    """Return plain values of a table's row."""
-    return asdict(counts) | {"tiles": list(counts.tiles)}
-
-
 def _num_tiles(width: int, height: int, processor: Processor) -> int:
     columns, rows = choose_grid(
         width,
@@ -110,6 +105,10 @@ def _stand_ins(item: Item, processor: Processor) -> list[Message]:
     one = f"{config.image_start_token}{config.image_token}{config.image_end_token}"
     given = {config.image_token: len(item.images), config.video_token: len(item.videos)}
     for token, count in given.items():
+        if any(
+            token in message.content for message in item.messages if message.role == "assistant"
+        ):
+            raise DataError(f"messages: an assistant turn holds the placeholder {token}")
         found = sum(message.content.count(token) for message in item.messages)
         if found != count:
             raise DataError(f"messages: {found} {token} placeholders for {count} files")

@@ -2,10 +2,10 @@
 
 Pictures are compared by their edges: in grey, scaled down, the steps from each point to its right
 and its lower neighbour, as one vector of length 1. Two pictures are one if these vectors agree at
-32 x 32 points (cosine of at least `MIN_COARSE`) and at 96 x 96 (`MIN_FINE`). Of generated pages,
-scaled by 0.5 to 1.7 and saved as JPEG of quality 30 to 90, this finds 93 to 100 % by kind; of
-800,000 pairs of different bar charts, the kind that looks most alike, it takes about one for equal.
-A picture without edges, such as a blank page, equals nothing.
+32 x 32 and at 96 x 96 points (cosine of at least `MIN_COSINE`). Of generated pages scaled by 0.5 to
+1.7 and saved as JPEG of quality 30 to 90, this finds 98 to 100 % by kind; of 800,000 pairs of
+different bar charts, the kind that looks most alike, it takes none for equal. A picture without
+edges, such as a blank page, equals nothing.
 
 Texts are compared by their runs of `RUN_WORDS` words, in lower case without punctuation, as
 language models are checked for contamination (arXiv 2005.14165, appendix C, has 13 words too).
@@ -26,8 +26,7 @@ from PIL import Image
 
 from nvvl.calib_data.items import Item
 
-MIN_COARSE = 0.9
-MIN_FINE = 0.8
+MIN_COSINE = 0.9
 RUN_WORDS = 13
 
 _COARSE, _FINE = 32, 96
@@ -36,7 +35,8 @@ _MIN_EDGES = 8.0  # length of a vector before it is scaled, in levels of grey
 _WORD = re.compile(r"\w+")
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 
-Edges = NDArray[np.float32]
+# half precision: vectors of length 1 keep three digits, and a suite takes 41 MB
+Edges = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Fingerprints:
     Attributes:
         owners: Item id of each picture.
         pictures: Edges of each picture, coarse and fine.
-        texts: Hash of a run of words, to the first item that has it.
+        texts: Hash of a run of words, to the items that have it.
     """
 
     owners: list[str] = field(default_factory=list)
     pictures: list[tuple[Edges, Edges]] = field(default_factory=list)
-    texts: dict[bytes, str] = field(default_factory=dict)
+    texts: dict[bytes, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> "Fingerprints":
@@ -87,23 +87,25 @@ class Fingerprints:
                 self.owners.append(item.item_id)
                 self.pictures.append((coarse, fine))
         for text in text_hashes(item):
-            self.texts.setdefault(text, item.item_id)
+            self.texts.setdefault(text, []).append(item.item_id)
 
 
 def find_overlaps(ours: Fingerprints, theirs: Fingerprints, suite: str) -> list[Overlap]:
     """Find calibration items that share a picture or a text with a suite, each once a kind."""
     found: dict[tuple[str, str], Overlap] = {}
     if ours.pictures and theirs.pictures:
-        coarse = np.stack([pair[0] for pair in ours.pictures])
-        others = np.stack([pair[0] for pair in theirs.pictures])
-        for mine, place in np.argwhere(coarse @ others.T >= MIN_COARSE):
-            if float(ours.pictures[mine][1] @ theirs.pictures[place][1]) >= MIN_FINE:
+        mines, others = (
+            np.stack([pair[0] for pair in prints.pictures]).astype(np.float32)
+            for prints in (ours, theirs)
+        )
+        for mine, place in np.argwhere(mines @ others.T >= MIN_COSINE):
+            if _cosine(ours.pictures[mine][1], theirs.pictures[place][1]) >= MIN_COSINE:
                 owner = ours.owners[mine]
                 overlap = Overlap(owner, suite, theirs.owners[place], "picture")
                 found.setdefault((owner, "picture"), overlap)
-    for text, owner in ours.texts.items():
-        if text in theirs.texts:
-            overlap = Overlap(owner, suite, theirs.texts[text], "text")
+    for text in sorted(ours.texts.keys() & theirs.texts.keys()):
+        for owner in ours.texts[text]:
+            overlap = Overlap(owner, suite, theirs.texts[text][0], "text")
             found.setdefault((owner, "text"), overlap)
     return sorted(found.values(), key=lambda overlap: (overlap.item_id, overlap.kind))
 
@@ -116,15 +118,17 @@ def picture_edges(image: Image.Image, side: int) -> Edges | None:
         side: Points a side that the picture is scaled down to.
 
     Returns:
-        (2 * side * side,) float32, or None if there are hardly any.
+        (2 * side * side,), or None if there are hardly any.
     """
-    small = image.convert("L").resize((side + 1, side + 1), Image.Resampling.BOX)
-    grey = np.asarray(small, dtype=np.float32)
+    # as floats, for rounding would be all that is left of a soft gradient
+    grey = np.asarray(
+        image.convert("L").convert("F").resize((side + 1, side + 1), Image.Resampling.BILINEAR)
+    )
     right = grey[:-1, 1:] - grey[:-1, :-1]
     down = grey[1:, :-1] - grey[:-1, :-1]
     edges = np.concatenate([right.ravel(), down.ravel()])
     length = float(np.linalg.norm(edges))
-    return edges / np.float32(length) if length >= _MIN_EDGES else None
+    return (edges / length).astype(np.float16) if length >= _MIN_EDGES else None
 
 
 def text_hashes(item: Item) -> set[bytes]:
@@ -138,6 +142,10 @@ def text_hashes(item: Item) -> set[bytes]:
     if not runs and not item.images and not item.videos:
         runs.add(_hash([word for words in turns for word in words]))
     return runs
+
+
+def _cosine(left: Edges, right: Edges) -> float:
+    return float(left.astype(np.float32) @ right.astype(np.float32))
 
 
 def _words(text: str) -> list[str]:

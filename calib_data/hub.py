@@ -52,6 +52,7 @@ def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
 
 def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     files = list(source.data_files)
     if source.dataset in LOCAL_BUILDERS:
@@ -75,7 +76,7 @@ def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
         _check_columns(source, list(stream.column_names or _first_row(stream)))
     except DataError:
         raise
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(
             f"{_name(source)}: no such dataset or file, or it is private ({_first_line(error)})"
         ) from None
@@ -84,7 +85,7 @@ def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
             f"{_name(source)}: the Hub cannot be reached ({_first_line(error)}); try again online, "
             "or use local files with dataset = 'parquet' or 'json'"
         ) from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, DatasetsError) as error:
         raise DataError(f"{_name(source)}: {_first_line(error)}") from None
     if source.shuffle:
         stream = stream.shuffle(seed=seed, buffer_size=source.shuffle)
@@ -123,8 +124,10 @@ def _make_item(source: Hub, row: Mapping[str, Any], item_id: str) -> Item:
 
 
 def _ask(source: Hub, row: Mapping[str, Any], where: str) -> Iterator[Message]:
-    asked = source.prompt or _string(row[source.question], str(source.question), where)
-    yield Message("user", asked)
+    if source.question:
+        yield Message("user", _string(row[source.question], source.question, where))
+    else:
+        yield Message("user", str(source.prompt))
     if source.answer:
         yield Message("assistant", _string(row[source.answer], source.answer, where))
 
@@ -152,8 +155,8 @@ def _download(url: str, where: str) -> bytes:
     if "://" not in url or url.startswith(("file:", "local:")):
         raise DataError(f"{where}: required the bytes of an image or a URL, got the path {url!r}")
     try:
-        with fsspec.open(url) as file:
-            return bytes(file.read())
+        system, path = fsspec.core.url_to_fs(url)
+        return bytes(system.cat_file(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: {url}: cannot be read ({_first_line(error)})") from None
 

@@ -113,7 +113,8 @@ def _render(page: "PdfPage", dpi: int, where: str) -> Image.Image:
             f"{where}: {width:.0f} x {height:.0f} pixels at {dpi} dpi; required at least 1 x 1 and "
             f"at most {MAX_IMAGE_PIXELS} in all"
         )
-    with closing(page.render(scale=scale)) as bitmap:
+    # pypdfium2 takes fractions, its annotations say int
+    with closing(page.render(scale=scale)) as bitmap:  # type: ignore[arg-type]
         # a copy, for the bitmap's memory is freed
         return to_rgb(bitmap.to_pil()).copy()
 

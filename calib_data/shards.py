@@ -14,6 +14,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,7 +74,7 @@ def _images(system: Any, shards: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _take(images: Iterator[tuple[str, bytes]], count: int) -> dict[str, bytes]:
-    return dict(pair for pair, _ in zip(images, range(count), strict=False))
+    return dict(islice(images, count))
 
 
 def _match(lines: IO[bytes], pool: Mapping[str, bytes], where: str) -> Iterator[ItemSource]:

@@ -1,12 +1,20 @@
 """What a built set holds, in numbers: items, tokens by modality and domain, tiles an image."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nvvl.calib_data.built import Row
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 MODALITIES = ("text", "image", "video")
+
+_COUNTED = (
+    *("num_items", "num_images", "num_videos"),
+    *("text_tokens", "image_tokens", "video_tokens", "answer_tokens"),
+)
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -48,3 +56,25 @@ def _picture_names(row: Row) -> Iterable[str]:
     yield from row["images"]
     for video in row["videos"]:
         yield from video["frames"]
+
+
+def summary_tables(manifest: Mapping[str, Any]) -> list["Table"]:
+    """Lay out the manifest of a built set: domains, tiles, sources."""
+    from rich.table import Table
+
+    summary = manifest["summary"]
+    heads = ("items", "images", "videos", *(f"{kind} tokens" for kind in MODALITIES), "answers")
+    domains = Table("domain", title=manifest["name"], title_justify="left")
+    for head in heads:
+        domains.add_column(head, justify="right")
+    for name, counts in (*summary["domains"].items(), ("all", summary)):
+        domains.add_row(name, *(f"{counts[key]:,}" for key in _COUNTED))
+    tiles = Table("tiles of an image", *summary["images_by_tiles"])
+    tiles.add_row("images", *(f"{count:,}" for count in summary["images_by_tiles"].values()))
+    sources = Table("source", "kind", "items", "bad", "too long", "twice", "overlaps")
+    overlaps = [row["item_id"].split("/")[0] for row in manifest["overlap"]["found"]]
+    for row in manifest["sources"]:
+        left_out = (len(row[key]) for key in ("bad", "too_long", "duplicates"))
+        numbers = (row["num_items"], *left_out, overlaps.count(row["name"]))
+        sources.add_row(row["name"], row["kind"], *map(str, numbers))
+    return [domains, *([tiles] if summary["images_by_tiles"] else []), sources]

@@ -1,7 +1,7 @@
 """The verbs ``nvvl evaluate``, ``nvvl sweep``, ``nvvl report`` and ``nvvl demo``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -267,3 +267,74 @@ def _show_report(
         return
     print_table(make_table(published.report))
     print(*published.paths, sep="\n")
+
+
+def build_calibration_set(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help="A TOML file, or the name of a ready spec.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Whose tokens are counted; else the spec's."),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="Built set, folder or JSONL file that must not overlap, beside the suites of nvvl "
+            "evaluate; may be given several times.",
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out bad items, and count them."),
+    ] = False,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Keep items that are evaluated on, and record them."),
+    ] = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a calibration set from a spec: a folder that --calib and --data take.
+
+    Ready specs: default, cnn-dailymail, nemotron-vlm-v2, paper-1024.
+    """
+    import os
+    import time
+
+    from nvvl.calib_data.build import build_set
+    from nvvl.calib_data.spec import SetSpec, find_spec
+    from nvvl.calib_data.summary import summary_tables
+    from nvvl.console import print_json, print_table, show_progress
+    from nvvl.model.load import resolve_model
+    from nvvl.model.processor import Processor
+    from nvvl.reports.overlap import evaluation_sets
+
+    file = find_spec(spec)
+    read = SetSpec.from_toml(file)
+    read = replace(read, model=model or read.model)
+    start = time.perf_counter()
+    with show_progress() as progress:
+        manifest = build_set(
+            read,
+            out,
+            base=file.parent,
+            processor=Processor.from_folder(resolve_model(read.model)),
+            suites=evaluation_sets(against or ()),
+            skip_bad=skip_bad,
+            allow_overlap=allow_overlap,
+            overwrite=overwrite,
+            jobs=os.cpu_count() or 1,
+            progress=progress,
+        )
+    if as_json:
+        print_json(manifest)
+        return
+    for table in summary_tables(manifest):
+        print_table(table)
+    seconds = time.perf_counter() - start
+    num_items = manifest["summary"]["num_items"]
+    print(f"{out}: {num_items} items in {seconds:.1f} s, {num_items / seconds:.1f} items/s")

@@ -24,6 +24,7 @@ VERBS = [
     ["export", "serve"],
     ["evaluate"],
     ["report"],
+    ["calib", "build"],
     ["calib", "show"],
     ["chat"],
     ["demo"],

@@ -85,7 +85,7 @@ def test_jsonl_in_the_folder_says_what_to_ask(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a.csv: required a folder of images or a .jsonl file"):
+    with pytest.raises(DataError, match=r"a.csv: required a built set, a folder of"):
         load_calibration_set(tmp_path / "a.csv", num_items=1)
     with pytest.raises(DataError, match="absent: no such file or folder; required 'default'"):
         load_calibration_set(tmp_path / "absent", num_items=1)

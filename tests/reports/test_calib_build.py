@@ -61,9 +61,7 @@ def test_set_is_built_shown_and_taken_by_quantize(
     )
     assert quantized.exit_code == 0, quantized.output
     used = json.loads((tmp_path / "fp8" / "manifest.json").read_text())["calibration"]
-    assert used["items"] == [
-        {"id": row["id"], "sha256": row["sha256"]} for row in listed["items"]
-    ]
+    assert used["items"] == [{"id": row["id"], "sha256": row["sha256"]} for row in listed["items"]]
 
 
 def test_own_test_set_must_not_overlap(spec: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.nvvl-installed
 # Two test processes with one thread each beat one process with two threads on a 2-core machine.
 TEST_WORKERS ?= 2
 
-.PHONY: install browser demo test lint bench interop wheel-test clean
+.PHONY: install browser demo test lint bench engines interop wheel-test clean
 
 install: $(STAMP)
 
@@ -43,6 +43,11 @@ lint: install
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernels.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/forward.py
+
+# TensorRT-RTX engines of the embedded model, and of one full-size block of each kind, in each format.
+engines: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --size embedded
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --size blocks
 
 # The embedded model in BF16, FP8 and NVFP4, served by vLLM's CPU build: an environment of its own,
 # 2.8 GB, and outside the tests.

@@ -1,6 +1,6 @@
 """Write a random checkpoint of the released layout, at the size that is to be measured.
 
-    python benchmarks/make_checkpoint.py --size tiny|1b|12b OUT
+    python benchmarks/make_checkpoint.py --size tiny|blocks|1b|12b OUT
 
 Nobody needs the released weights to measure time and memory, but the numbers must look like
 trained ones, or scales, rounding and overflow are tested on something that does not happen:
@@ -15,7 +15,7 @@ trained ones, or scales, rounding and overflow are tested on something that does
 Each tensor is drawn from the seed and its name, in pieces of rows, and written before the next one
 is begun: memory is that of the largest tensor. The tokenizer is the embedded model's, with unused
 entries up to the ids of the config. Configs lie beside this file; that of ``12b`` has the released
-geometry (its README line says what of it is known).
+geometry (its README line says what of it is known), and ``blocks`` is one block of each kind of it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from nvvl.model.resolve import resolve_model
 from nvvl.model.safetensors_io import torch_dtypes
 from nvvl.model.tensor_list import list_tensors
 
-SHARD_BYTES = {"tiny": 1_000_000, "1b": 600_000_000, "12b": 5_000_000_000}
+SHARD_BYTES = {"tiny": 1_000_000, "blocks": 5_000_000_000, "1b": 600_000_000, "12b": 5_000_000_000}
 
 _PIECE_ELEMENTS = 1 << 22
 _ROW_SPREAD = 0.25  # of the logarithm of a row's scale
@@ -53,7 +53,7 @@ def make_checkpoint(size: str, out: Path, *, seed: int = 0) -> None:
     """Write one folder.
 
     Args:
-        size: ``tiny``, ``1b`` or ``12b``.
+        size: ``tiny``, ``blocks``, ``1b`` or ``12b``.
         out: The folder; must not hold a checkpoint yet.
         seed: Of all weights.
     """

@@ -1,8 +1,9 @@
 """How much memory building an engine takes, and whether this machine has it.
 
-A builder holds the graph's weights several times over. Its peak was measured for graphs of 0.2 to
-0.8 GB of weights, each built in its own process (TensorRT-RTX 1.7): 0.3 GB, and 2.8 to 3.2 times
-the weights.
+A builder holds a graph's weights several times over. Its peak was measured for graphs of 0.05 to
+0.8 GB of weights, each built in its own process (TensorRT-RTX 1.7): up to 0.6 GB, and about 2 to
+3.2 times the weights. The largest is taken: better to refuse a build that would just have fitted
+than to bring the machine down.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from nvvl.errors import HardwareError
 from nvvl.export.parts import largest_part
 
-_BASE_BYTES = 400 * 10**6
+_BASE_BYTES = 600 * 10**6
 _COPIES = 3.2
 
 

@@ -23,12 +23,12 @@ from nvvl.benchmarks.make_checkpoint import make_checkpoint
 from nvvl.export.engine import EngineOptions, EngineResult
 from nvvl.export.engine_graphs import read_graph
 from nvvl.export.engine_run import build_from_checkpoint
-from nvvl.export.engine_targets import TENSORRT_RTX
+from nvvl.export.engine_targets import TENSORRT_RTX, Precision
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.model.resolve import resolve_model
 
-FORMATS = ("bf16", "fp8", "nvfp4")
+FORMATS: tuple[Precision, ...] = ("bf16", "fp8", "nvfp4")
 MAMBA_SECONDS = 15.0
 _SAMPLES = {"embedded": 64, "blocks": 2}
 
@@ -64,12 +64,12 @@ def main() -> None:
         sys.exit(f"Mamba2 blocks over {MAMBA_SECONDS:.0f} s: {', '.join(slow)}")
 
 
-def make_checkpoints(size: str, work: Path) -> dict[str, Path]:
+def make_checkpoints(size: str, work: Path) -> dict[Precision, Path]:
     """Make what is missing of a checkpoint in each format."""
     source = resolve_model("embedded") if size == "embedded" else work / "bf16"
     if size == "blocks" and not (source / "config.json").exists():
         make_checkpoint("blocks", source)
-    folders = {"bf16": source}
+    folders: dict[Precision, Path] = {"bf16": source}
     for name in FORMATS[1:]:
         folders[name] = work / name
         if not (work / name / "manifest.json").exists():

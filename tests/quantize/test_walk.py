@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import nvvl.quantize.backend  # noqa: F401  imports ModelOpt without its warnings
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import (
@@ -28,6 +27,7 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message
+from nvvl.quantize.backend import register
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.pack import read_amaxes
@@ -75,6 +75,7 @@ def modelopt_amaxes(source: Path, items: tuple[Item, ...], preset: str) -> dict[
             inputs = processor(item.messages, images=item.images, videos=item.videos)
             module(inputs.input_ids[None], pixel_values=inputs.pixel_values)
 
+    register()  # of the model's own linears, which ModelOpt does not know by itself
     with redirect_stdout(io.StringIO()), torch.no_grad():
         mtq.quantize(model, config, run)
     modules: dict[str, Any] = dict(model.named_modules())
@@ -156,7 +157,7 @@ def test_everything_else_is_copied_byte_for_byte(
     ]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"nvfp4-selective"}))
 def test_q_k_v_of_a_layer_share_their_scales(preset: str, quantize_tiny: QuantizeTiny) -> None:
     written = read_tensors(quantize_tiny(preset))
     leaf = "weight_scale" if preset in ("fp8", "mixed") else "weight_scale_2"

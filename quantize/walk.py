@@ -49,6 +49,7 @@ from nvvl.quantize.blocks import (
     list_blocks,
 )
 from nvvl.quantize.estimate import UNLIMITED, Limits
+from nvvl.quantize.freed import return_freed_memory
 from nvvl.quantize.journal import BlockRecord, Journal, describe_run
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
@@ -235,6 +236,8 @@ class Walk:
                     reader.take(name), activations if index < num_runs else None, index
                 )
                 background.submit(finish)
+                del finish  # else the block before stays while the next one runs
+                return_freed_memory()
                 ticker.tick()
                 if stop is not None and stop():
                     background.wait()
@@ -364,13 +367,18 @@ class Walk:
             return {}
         from nvvl.quantize.calibrate import calibrate_block
 
-        return calibrate_block(
-            self._fill_layer(block),
+        layer = self._fill_layer(block)
+        amaxes = calibrate_block(
+            layer,
             block.name,
             formats,
             algorithm=self._recipe.algorithm,
             forward_loop=lambda layer: activations.run_layer(layer, block.name),
         )
+        for parameter in layer.parameters():
+            # ModelOpt's layers are reference cycles, which live until Python looks for them
+            parameter.data = parameter.new_empty(0)
+        return amaxes
 
     def _run_plain(self, block: LoadedBlock, activations: Activations) -> None:
         """Run one block over the items; nothing observes."""

@@ -84,6 +84,37 @@ def defer_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+class TokenStream:
+    """Prints a text while its tokens come, each character once it is complete."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stream: TextIO | None) -> None:
+        """Take what turns ids into text, and where to print; None prints nothing."""
+        self._decode = decode
+        self._stream = stream
+        self._text = ""
+        self._printed = 0
+
+    def show(self, ids: list[int]) -> None:
+        """Print what the last token added."""
+        if self._stream is None:
+            return
+        self._text = self._decode(ids)
+        if not self._text.endswith("\ufffd"):  # else other bytes of a character are to come
+            self._print_new()
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        if self._stream is not None:
+            self._print_new()
+            self._stream.write("\n")
+
+    def _print_new(self) -> None:
+        assert self._stream is not None
+        self._stream.write(self._text[self._printed :])
+        self._stream.flush()
+        self._printed = len(self._text)
+
+
 def print_error(message: str) -> None:
     """Print an error as one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

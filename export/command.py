@@ -1,9 +1,10 @@
 """The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export`` and ``nvvl chat``."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +20,9 @@ from nvvl.options import (
     choose_device,
 )
 from nvvl.quantize.command import choose_recipe
+
+if TYPE_CHECKING:
+    from nvvl.model.processor import ModelInputs, Processor
 
 
 def plan(
@@ -110,35 +114,69 @@ def chat(
     image: Annotated[
         list[Path] | None, typer.Option(help="Image to ask about; may be given several times.")
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="Video to ask about; may be given several times.")
+    ] = None,
+    pruning_rate: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of video tokens that EVS drops.")
+    ] = 0.0,
+    backend: Annotated[
+        Literal["torch", "onnx"],
+        typer.Option(help="onnx: float32 graphs on onnxruntime; MODEL may be an exported folder."),
+    ] = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a BF16 or quantized model one question; greedy, in torch."""
-    from nvvl.console import print_json
-    from nvvl.model.generate import generate
-    from nvvl.model.load import resolve_model
-    from nvvl.model.processor import Message, Processor, collate
-    from nvvl.model.tiling import open_image
-    from nvvl.quantize.load import load_any
+    """Ask a BF16 or quantized model one question; greedy, tokens are printed as they come."""
+    from nvvl.console import TokenStream, print_json
+    from nvvl.export.answer import answer
+    from nvvl.export.backends import open_backend
+    from nvvl.model.resolve import resolve_model
 
     folder = resolve_model(model)
-    processor = Processor.from_folder(folder)
-    images = [open_image(path) for path in image or []]
-    prompt = Message("user", "<image>\n" * len(images) + question)
-    inputs = processor([prompt], images=images, add_generation_prompt=True)
-    language = processor.config.language
-    (ids,) = generate(
-        load_any(folder, device=choose_device(device)),
-        collate([inputs], language.pad_token_id),
-        eos_token_id=language.eos_token_id,
-        max_new_tokens=max_new_tokens,
-    )
-    answer = processor.decode(ids)
+    inputs, processor = _read_question(folder, question, image or (), video or ())
+    stream = TokenStream(processor.decode, None if as_json else sys.stdout)
+    with open_backend(folder, backend, device=choose_device(device)) as (runner, name):
+        result = answer(
+            runner,
+            processor.config,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            pruning_rate=pruning_rate,
+            on_token=stream.show,
+        )
+    stream.end()
     if as_json:
-        print_json({"model": str(folder), "question": question, "answer": answer})
+        values = {"backend": name, "tokens": len(result.ids), "prompt_tokens": result.prompt_tokens}
+        values |= {"first_token_s": result.first_token_s, "tokens_per_s": result.tokens_per_s}
+        text = processor.decode(result.ids)
+        print_json({"model": str(folder), "question": question, "answer": text, **values})
     else:
-        print(answer)
+        print(
+            f"{len(result.ids)} tokens, {result.tokens_per_s:.1f} tokens/s after the first "
+            f"({result.first_token_s:.2f} s, prompt of {result.prompt_tokens}), {name}",
+            file=sys.stderr,
+        )
+
+
+def _read_question(
+    folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path]
+) -> "tuple[ModelInputs, Processor]":
+    """Read a question's files and turn it into a prompt, images first, then videos."""
+    from nvvl.calib_data.video_files import read_video
+    from nvvl.model.processor import Message, Processor
+    from nvvl.model.tiling import open_image
+
+    processor = Processor.from_folder(folder)
+    prompt = Message("user", "<image>\n" * len(images) + "<video>\n" * len(videos) + question)
+    inputs = processor(
+        [prompt],
+        images=[open_image(path) for path in images],
+        videos=[read_video(path) for path in videos],
+        add_generation_prompt=True,
+    )
+    return inputs, processor
 
 
 def onnx(

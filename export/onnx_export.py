@@ -16,6 +16,7 @@ that they compute what the checkpoint does is `nvvl.export.onnx_parity`.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 import onnx
 
 import nvvl
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.errors import CheckpointError, EngineError, OutputError
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import Graph
 from nvvl.export.onnx_io import IO_NAME, describe_graphs
@@ -123,6 +124,40 @@ def export_onnx(
     for linear_format in weights.formats.values():
         counts[linear_format] = counts.get(linear_format, 0) + 1
     return ExportResult(dest, files, counts)
+
+
+def file_faults(dest: Path) -> list[str]:
+    """List files of a folder of graphs that are missing or not what its manifest says.
+
+    Raises:
+        EngineError: if the manifest cannot be read.
+    """
+    faults = []
+    for name, sha256 in sorted(read_manifest(dest)["files"].items()):
+        if not (dest / name).is_file():
+            faults.append(f"{name}: missing")
+        elif hash_file(dest / name) != sha256:
+            faults.append(f"{name}: bytes changed since it was written")
+    return faults
+
+
+def read_manifest(dest: Path) -> dict[str, Any]:
+    """Read ``manifest.json`` of a folder of graphs.
+
+    Raises:
+        EngineError: if it is missing or that of something else.
+    """
+    path = dest / MANIFEST_NAME
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        made_from = manifest["checkpoint"]
+        is_known = isinstance(manifest["files"], dict) and "manifest_sha256" in made_from
+        is_known = is_known and isinstance(made_from["tensors"], dict)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{path}: cannot be read as a manifest ({error!r})") from None
+    if not is_known:
+        raise EngineError(f"{path}: not the manifest of a folder of graphs; export again")
+    return manifest
 
 
 def hash_file(path: Path) -> str:

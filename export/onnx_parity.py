@@ -15,19 +15,18 @@ and counted.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nvvl.errors import NvvlError
+from nvvl.errors import EngineError, NvvlError
 from nvvl.export.checks import Check, judge
 from nvvl.export.logits_proof import default_probe_items
-from nvvl.export.onnx_export import hash_file
+from nvvl.export.onnx_export import file_faults, hash_file, read_manifest
 from nvvl.export.onnx_session import GraphFolder, States, StepOutput
 from nvvl.export.onnx_ties import TieSettler
 from nvvl.model.checkpoint import Checkpoint
@@ -272,25 +271,17 @@ def _compare_text(pair: _Pair, processor: Processor, item: "Item", score: _Score
 
 
 def _file_faults(run: Path, dest: Path) -> list[str]:
-    path = dest / MANIFEST_NAME
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files, tensors = manifest["files"], manifest["checkpoint"]["tensors"]
-        made_from = manifest["checkpoint"]["manifest_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{path}: not the manifest of a folder of graphs ({error!r})"]
-    faults = []
-    for name, sha256 in sorted(files.items()):
-        if not (dest / name).is_file():
-            faults.append(f"{name}: missing")
-        elif hash_file(dest / name) != sha256:
-            faults.append(f"{name}: bytes changed since it was written")
+        made_from, faults = read_manifest(dest)["checkpoint"], file_faults(dest)
+    except EngineError as fault:
+        return [str(fault)]
     of_run = run / MANIFEST_NAME
     if of_run.is_file():  # whose own hashes of tensors are proved elsewhere
-        same = hash_file(of_run) == made_from
+        same = hash_file(of_run) == made_from["manifest_sha256"]
     else:
         checkpoint = Checkpoint(run)
-        same = {name: checkpoint.sha256(name) for name in checkpoint.tensors} == tensors
+        hashes = {name: checkpoint.sha256(name) for name in checkpoint.tensors}
+        same = hashes == made_from["tensors"]
     if not same:
         faults.append(f"{run}: is not the checkpoint that the graphs were made from")
     return faults

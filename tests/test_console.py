@@ -1,11 +1,12 @@
 """What the command line shows while it works."""
 
+import io
 import json
 
 import pytest
 from rich.table import Table
 
-from nvvl.console import print_error, print_json, print_table, show_progress
+from nvvl.console import TokenStream, print_error, print_json, print_table, show_progress
 
 
 def test_progress_goes_to_stderr_with_one_line_a_count(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +44,16 @@ def test_table_is_not_folded_in_a_file(capsys: pytest.CaptureFixture[str]) -> No
     table.add_row(*cells)
     print_table(table)
     assert any(line.count(cells[0]) == 4 for line in capsys.readouterr().out.splitlines())
+
+
+def test_tokens_are_printed_once_their_characters_are_complete() -> None:
+    stream = io.StringIO()
+    texts = {1: "h", 2: "h\ufffd", 3: "hé", 4: "hé\ufffd"}
+    tokens = TokenStream(lambda ids: texts[len(ids)], stream)
+    shown = []
+    for count in texts:
+        tokens.show([0] * count)
+        shown.append(stream.getvalue())
+    tokens.end()
+    assert shown == ["h", "h", "hé", "hé"]
+    assert stream.getvalue() == "hé\ufffd\n"

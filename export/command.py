@@ -121,8 +121,11 @@ def chat(
         float, typer.Option(min=0, max=0.99, help="Share of video tokens that EVS drops.")
     ] = 0.0,
     backend: Annotated[
-        Literal["torch", "onnx"],
-        typer.Option(help="onnx: float32 graphs on onnxruntime; MODEL may be an exported folder."),
+        Literal["torch", "onnx", "engine"],
+        typer.Option(
+            help="onnx: graphs in float32 on onnxruntime, MODEL a checkpoint or exported folder; "
+            "engine: MODEL is what nvvl export engine wrote, on a GPU."
+        ),
     ] = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     device: DeviceOption = "auto",

@@ -13,9 +13,6 @@ from nvvl.errors import EngineError
 from nvvl.export.engine_graphs import GraphInfo, GraphSet
 from nvvl.export.engine_worker import ShapeRange
 
-# An engine cannot be built for an empty tensor; where graphs allow one, engines begin at 1.
-_SMALLEST = 1
-
 
 class Span(NamedTuple):
     """Smallest, usual and largest value of one dynamic dimension."""
@@ -45,9 +42,9 @@ def parse_spans(options: Sequence[str]) -> dict[str, Span]:
         name, span = match[1], Span(int(match[2]), int(match[3]), int(match[4]))
         if name in spans:
             raise EngineError(f"--shape {option}: {name} is given twice")
-        if not _SMALLEST <= span.low <= span.usual <= span.high:
+        if not span.low <= span.usual <= span.high or span.high == 0:
             raise EngineError(
-                f"--shape {option}: required {_SMALLEST} <= smallest <= usual <= largest"
+                f"--shape {option}: required smallest <= usual <= largest, and a largest above 0"
             )
         spans[name] = span
     return spans
@@ -70,6 +67,13 @@ def choose_spans(graphs: GraphSet, given: Mapping[str, Span]) -> dict[str, Span]
             f"--shape {unknown[0]}: the graphs have no such dimension; they have "
             f"{', '.join(sorted(defaults))}"
         )
+    for name, span in given.items():
+        low = defaults[name].low
+        if span.low < low or (span.low > low and low == 0):
+            raise EngineError(
+                f"--shape {name}={span}: the smallest must be {low}"
+                + (", which is where a conversation begins" if low == 0 else " or more")
+            )
     capacity: int = graphs.io["model"]["kv_capacity"]
     for name in ("tokens", "past_tokens"):
         if name in given and given[name].high > capacity:
@@ -77,8 +81,7 @@ def choose_spans(graphs: GraphSet, given: Mapping[str, Span]) -> dict[str, Span]
                 f"--shape {name}={given[name]}: the graphs hold {capacity} tokens of prompt and "
                 "answer; lower it, or export graphs with a larger kv_capacity"
             )
-    chosen = {**defaults, **given}
-    return {name: Span(max(span.low, _SMALLEST), *span[1:]) for name, span in chosen.items()}
+    return {**defaults, **given}
 
 
 def make_shape_profile(graph: GraphInfo, spans: Mapping[str, Span]) -> dict[str, ShapeRange]:

@@ -19,7 +19,8 @@ from nvvl.errors import EngineError, HardwareError
 from nvvl.export import onnx_extra
 from nvvl.export.answer import Answer, TorchBackend, answer, prune
 from nvvl.export.backends import open_backend
-from nvvl.export.onnx_backend import OnnxBackend, open_graphs
+from nvvl.export.graph_backend import GraphBackend
+from nvvl.export.onnx_backend import open_graphs
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
@@ -112,7 +113,7 @@ def test_graphs_give_the_answers_of_torch(
     graphs = GraphFolder(tmp_path / "graphs")
     for rate in (0.0, 0.6):
         for inputs in prompts.values():
-            theirs = run(OnnxBackend(graphs), processor, inputs, pruning_rate=rate)
+            theirs = run(GraphBackend(graphs), processor, inputs, pruning_rate=rate)
             ours = run(TorchBackend(model), processor, inputs, pruning_rate=rate)
             assert theirs.ids == ours.ids
             assert theirs.prompt_tokens == ours.prompt_tokens
@@ -157,7 +158,7 @@ def test_answer_beyond_a_fixed_cache_is_refused(
     capacity = len(prompts["text"].input_ids) + 5
     recipe = GraphRecipe(kv_capacity=capacity, prefill_tokens=capacity)
     export_onnx(source, tmp_path / "graphs", recipe)
-    backend = OnnxBackend(GraphFolder(tmp_path / "graphs"))
+    backend = GraphBackend(GraphFolder(tmp_path / "graphs"))
     with pytest.raises(EngineError, match=rf"{capacity + 1} tokens, but the graphs hold"):
         run(backend, processor, prompts["text"])
 

@@ -32,8 +32,7 @@ def test_profile_has_every_input_with_a_dynamic_dimension(graphs: GraphSet) -> N
     spans = choose_spans(graphs, {"batch": Span(1, 2, 8)})
     assert make_shape_profile(GROWING, spans) == {
         "inputs_embeds": ((1, 1, 8), (2, 1, 8), (8, 1, 8)),
-        # an empty cache cannot be built for
-        "past_key.0": ((1, 2, 1, 4), (2, 2, 10, 4), (8, 2, 64, 4)),
+        "past_key.0": ((1, 2, 0, 4), (2, 2, 10, 4), (8, 2, 64, 4)),
     }
 
 
@@ -50,9 +49,9 @@ def test_options_are_read() -> None:
         (["tokens"], "--shape tokens: required DIMENSION=SMALLEST:USUAL:LARGEST"),
         (["tokens=1:2"], "--shape tokens=1:2: required"),
         (["tokens=1:-2:3"], "required DIMENSION"),
-        (["tokens=4:2:8"], "--shape tokens=4:2:8: required 1 <= smallest <= usual <= largest"),
-        (["tokens=0:2:8"], "required 1 <= smallest"),
-        (["tokens=1:9:8"], "required 1 <= smallest"),
+        (["tokens=4:2:8"], "--shape tokens=4:2:8: required smallest <= usual <= largest"),
+        (["tokens=0:0:0"], "a largest above 0"),
+        (["tokens=1:9:8"], "required smallest <= usual"),
         (["batch=1:1:1", "batch=1:1:2"], "batch is given twice"),
     ],
 )
@@ -66,7 +65,9 @@ def test_impossible_options_are_refused(options: list[str], message: str) -> Non
     [
         ({"height": Span(1, 1, 1)}, "--shape height: the graphs have no such dimension; they have"),
         ({"tokens": Span(1, 8, 65)}, "--shape tokens=1:8:65: the graphs hold 64 tokens"),
-        ({"past_tokens": Span(1, 8, 100)}, "export graphs with a larger kv_capacity"),
+        ({"tokens": Span(0, 8, 16)}, "--shape tokens=0:8:16: the smallest must be 1 or more"),
+        ({"past_tokens": Span(1, 8, 64)}, "must be 0, which is where a conversation begins"),
+        ({"past_tokens": Span(0, 8, 100)}, "export graphs with a larger kv_capacity"),
     ],
 )
 def test_shapes_that_contradict_the_model_are_refused(

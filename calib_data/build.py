@@ -4,7 +4,8 @@ Items are made one after the other and stored at once. What cannot be used, is l
 limit, or is there already is left out, counted and named in the manifest, and the source's next
 item takes its place; a source that runs out before its count is an error. Nothing is ever cut.
 
-Before the folder gets its name, its items are compared with the items of evaluation suites.
+Before the folder gets its name, its items are compared with the items of evaluation suites, which
+other processes draw while the items are made.
 """
 
 import importlib.metadata
@@ -43,6 +44,8 @@ from nvvl.model.processor import Processor
 Progress = Callable[[str, int, int], None]
 # An evaluation suite by name, as its items.
 Suites = Mapping[str, Callable[[], Iterable[Item]]]
+# What of a suite is compared, by its name.
+SuitePrints = Iterable[tuple[str, Fingerprints]]
 
 _VERSIONS = ("datasets", "pillow", "pyarrow", "av", "pypdfium2")
 _NUM_NAMED = 5  # overlaps that an error names
@@ -90,7 +93,7 @@ def build_set(
         skip_bad: Leave out items that cannot be made, in place of raising.
         allow_overlap: Keep items that overlap with a suite, and record them.
         overwrite: Replace an ``out`` that is a built set.
-        jobs: Processes that draw the suites.
+        jobs: Processes that draw the suites meanwhile; 1 draws them afterwards, in this one.
         progress: Called with a source or suite, items done and items in all.
 
     Returns:
@@ -101,11 +104,11 @@ def build_set(
             overlap with a suite.
         OutputError: if ``out`` exists and is not to be replaced.
     """
-    with _staged(out, overwrite=overwrite) as folder:
+    with _staged(out, overwrite=overwrite) as folder, _suite_prints(suites, jobs) as theirs:
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
         for source in spec.sources:
             builder.add(source)
-        overlaps = _check_overlaps(builder.prints, suites, allow_overlap, jobs, progress)
+        overlaps = _check_overlaps(builder.prints, theirs, len(suites), allow_overlap, progress)
         write_table(builder.rows, folder)
         builder.sheet.save(folder / SHEET)
         manifest: dict[str, Any] = {
@@ -217,13 +220,17 @@ def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> Non
 
 
 def _check_overlaps(
-    prints: Fingerprints, suites: Suites, allow: bool, jobs: int, progress: Progress | None
+    prints: Fingerprints,
+    suites: SuitePrints,
+    num_suites: int,
+    allow: bool,
+    progress: Progress | None,
 ) -> list[Overlap]:
     overlaps: list[Overlap] = []
-    for number, (name, theirs) in enumerate(_suite_prints(suites, jobs), start=1):
+    for number, (name, theirs) in enumerate(suites, start=1):
         overlaps += find_overlaps(prints, theirs, name)
         if progress is not None:
-            progress("compared with suites", number, len(suites))
+            progress("compared with suites", number, num_suites)
     if overlaps and not allow:
         named = ", ".join(
             f"{overlap.item_id} shares a {overlap.kind} with {overlap.other_id}"
@@ -237,14 +244,18 @@ def _check_overlaps(
     return overlaps
 
 
-def _suite_prints(suites: Suites, jobs: int) -> Iterator[tuple[str, Fingerprints]]:
-    """Take the fingerprints of every suite, in the given order."""
+@contextmanager
+def _suite_prints(suites: Suites, jobs: int) -> Iterator[SuitePrints]:
+    """Give the fingerprints of every suite in order, drawn beside whatever is done meanwhile."""
     if jobs == 1:
-        yield from ((name, _prints_of(items)) for name, items in suites.items())
+        yield ((name, _prints_of(items)) for name, items in suites.items())
         return
     # spawned, for forking a process that has threads of torch's can hang
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from zip(suites, pool.map(_prints_of, suites.values()), strict=True)
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield zip(suites, pool.map(_prints_of, suites.values()), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _prints_of(items: Callable[[], Iterable[Item]]) -> Fingerprints:

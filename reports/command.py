@@ -211,7 +211,7 @@ def demo(
     items: ItemsOption = 1000,
     as_json: JsonOption = False,
 ) -> None:
-    """Take the embedded model to FP8 and NVFP4, prove both, evaluate, and print the table."""
+    """Take the embedded model to FP8 and NVFP4, distill, prove, evaluate, and print the table."""
     from nvvl.console import print_json, print_table, show_progress
     from nvvl.reports.demo import run_demo
     from nvvl.reports.render import make_table

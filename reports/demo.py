@@ -1,6 +1,6 @@
-"""The whole chain on one model: quantize, prove, evaluate, compare.
+"""The whole chain on one model: quantize, distill, prove, evaluate, compare.
 
-    MODEL -> OUT/fp8, OUT/nvfp4 -> verified? -> OUT/runs/{bf16,fp8,nvfp4} -> OUT/report.html
+    MODEL -> OUT/fp8, OUT/nvfp4 -> OUT/nvfp4-qad -> verified? -> OUT/runs/* -> OUT/report.html
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nvvl.calib_data.manifest import load_calibration_set
+from nvvl.distill.presets import load_distill_recipe
+from nvvl.distill.train import Execution, distill
 from nvvl.errors import OutputError
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.quantize.presets import load_recipe
@@ -26,6 +28,7 @@ from nvvl.reports.suites import find_suites
 ProgressCallback = Callable[[str, int, int], None]
 
 FORMATS = ("fp8", "nvfp4")
+DISTILLED = "nvfp4-qad"
 SUITES = ("line", "key_value")
 
 
@@ -55,17 +58,19 @@ def run_demo(
     *,
     num_items: int = 1000,
     num_calibration_items: int = 256,
+    num_distill_steps: int = 40,
     device: str = "cpu",
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> DemoResult:
-    """Quantize a model to FP8 and NVFP4, prove both, evaluate all three and compare.
+    """Quantize a model to FP8 and NVFP4, distill NVFP4 a little, prove, evaluate and compare.
 
     Args:
         source: A BF16 checkpoint folder.
         out: Folder to write; made if needed.
         num_items: Items of each suite.
         num_calibration_items: Generated items that the scales are found on.
+        num_distill_steps: Steps of distillation; few, to show the way and not the most it gives.
         device: Where to compute.
         seed: Seed of calibration and evaluation items.
         progress: Called as steps go on.
@@ -93,6 +98,24 @@ def run_demo(
         )
         proofs[name] = verify(folder, source, progress=_within(f"verify {name}", progress))
         proofs[name].write_report(out / PROOF_NAME.format(name))
+    outputs[DISTILLED] = out / DISTILLED
+    trained = _distill(
+        outputs["nvfp4"],
+        source,
+        outputs[DISTILLED],
+        num_steps=num_distill_steps,
+        seed=seed,
+        execution=Execution(
+            device=device,
+            overwrite=True,
+            progress=_within("distill nvfp4", progress),
+            command=("nvvl", "demo"),
+        ),
+    )
+    proofs[DISTILLED] = verify(
+        outputs[DISTILLED], trained, progress=_within(f"verify {DISTILLED}", progress)
+    )
+    proofs[DISTILLED].write_report(out / PROOF_NAME.format(DISTILLED))
     folders = {"bf16": source, **outputs}
     runs = evaluate(
         [
@@ -110,9 +133,25 @@ def run_demo(
         overwrite=True,
         progress=_within("evaluate", progress),
     )
-    published = publish(runs, out, proofs=[out / PROOF_NAME.format(name) for name in FORMATS])
+    published = publish(runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs])
     outputs |= {"answers": out / "runs", "data": published.data, "report": published.page}
     return DemoResult(report=published.report, proofs=proofs, outputs=outputs)
+
+
+def _distill(
+    run: Path, source: Path, out: Path, *, num_steps: int, seed: int, execution: Execution
+) -> Path:
+    """Train a run towards its source for a few steps; returns the BF16 weights that came out."""
+    recipe = replace(
+        load_distill_recipe("qad_nvfp4_embedded"),
+        num_steps=num_steps,
+        validate_every=max(1, num_steps // 2),
+        num_validation_items=24,
+    )
+    items = load_calibration_set("default", num_items=recipe.num_items, seed=seed)
+    result = distill(run, source, out, recipe, items, seed=seed, execution=execution)
+    assert result is not None, "a demo is one process"
+    return result.bf16
 
 
 def _within(step: str, progress: ProgressCallback | None) -> ProgressCallback | None:

@@ -16,7 +16,7 @@ def source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     )
 
 
-def test_demo_proves_and_compares_both_formats(source: Path, tmp_path: Path) -> None:
+def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     steps = []
     result = run_demo(
@@ -24,17 +24,20 @@ def test_demo_proves_and_compares_both_formats(source: Path, tmp_path: Path) -> 
         out,
         num_items=1,
         num_calibration_items=2,
+        num_distill_steps=1,
         progress=lambda stage, *_: steps.append(stage.split(":")[0]),
     )
     assert {name: proof.failed_checks for name, proof in result.proofs.items()} == {
         "fp8": (),
         "nvfp4": (),
+        "nvfp4-qad": (),
     }
     assert result.passed
-    bf16, fp8, nvfp4 = result.report.runs
-    assert [run.label for run in result.report.runs] == ["BF16", "FP8", "NVFP4"]
-    assert [run.verified for run in result.report.runs] == [None, True, True]
+    bf16, fp8, nvfp4, qad = result.report.runs
+    assert [run.label for run in result.report.runs] == ["BF16", "FP8", "NVFP4", "NVFP4-QAD"]
+    assert [run.verified for run in result.report.runs] == [None, True, True, True]
     assert bf16.weights_bytes > fp8.weights_bytes > nvfp4.weights_bytes
+    assert qad.weights_bytes == nvfp4.weights_bytes
     assert bf16.kl is not None
     assert nvfp4.kl is not None
     assert nvfp4.kl.estimate > bf16.kl.estimate == 0
@@ -43,6 +46,8 @@ def test_demo_proves_and_compares_both_formats(source: Path, tmp_path: Path) -> 
         "verify fp8",
         "quantize nvfp4",
         "verify nvfp4",
+        "distill nvfp4",
+        "verify nvfp4-qad",
         "evaluate",
     ]
     assert all(path.exists() for path in result.outputs.values())

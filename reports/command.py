@@ -224,7 +224,8 @@ def demo(
     else:
         print_table(make_table(result.report))
         for name, path in result.outputs.items():
-            print(f"{name:8} {path}")
+            print(f"{name:13} {path}")
+        print(*result.notes, sep="\n", end="\n" if result.notes else "")
     if not result.passed:
         raise typer.Exit(EXIT_CHECK_FAILED)
 

@@ -1,13 +1,14 @@
 """The whole chain on one model: quantize, distill, prove, evaluate, compare.
 
     MODEL -> OUT/fp8, OUT/nvfp4 -> OUT/nvfp4-qad -> verified? -> OUT/runs/* -> OUT/report.html
+                    OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
 nvvl wrote before are written again, and nothing else is replaced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nvvl.export.verify import VerificationReport, verify
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.collect import Report
+from nvvl.reports.demo_export import build_engines, export_graphs
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.evidence import PROOF_NAME
 from nvvl.reports.publish import publish
@@ -29,7 +31,12 @@ ProgressCallback = Callable[[str, int, int], None]
 
 FORMATS = ("fp8", "nvfp4")
 DISTILLED = "nvfp4-qad"
+EXPORTED = "nvfp4"
 SUITES = ("line", "key_value")
+
+_COMMAND = ("nvvl", "demo")
+# What the graphs and engines of a checkpoint are called among the outputs.
+_GRAPHS, _ENGINES = "{} graphs", "{} engines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +47,13 @@ class DemoResult:
         report: The comparison, BF16 first.
         proofs: Verification of each quantized folder, by format.
         outputs: What was written, by a word for it.
+        notes: What was left out, and why.
     """
 
     report: Report
     proofs: dict[str, VerificationReport]
     outputs: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -83,7 +92,8 @@ def run_demo(
         raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
     items = load_calibration_set("default", num_items=num_calibration_items, seed=seed)
     outputs = {name: out / name for name in FORMATS}
-    proofs = {}
+    proofs: dict[str, VerificationReport] = {}
+    built: dict[str, Path] = {}
     for name, folder in outputs.items():
         recipe = replace(load_recipe(name), num_calibration_items=num_calibration_items)
         quantize_checkpoint(
@@ -94,10 +104,11 @@ def run_demo(
             device=device,
             overwrite=True,
             progress=_within(f"quantize {name}", progress),
-            command=("nvvl", "demo"),
+            command=_COMMAND,
         )
-        proofs[name] = verify(folder, source, progress=_within(f"verify {name}", progress))
-        proofs[name].write_report(out / PROOF_NAME.format(name))
+        if name == EXPORTED:
+            built = _deploy(folder, progress)
+        proofs[name] = _prove(folder, source, built.get(_GRAPHS.format(name)), progress)
     outputs[DISTILLED] = out / DISTILLED
     trained = _distill(
         outputs["nvfp4"],
@@ -109,13 +120,10 @@ def run_demo(
             device=device,
             overwrite=True,
             progress=_within("distill nvfp4", progress),
-            command=("nvvl", "demo"),
+            command=_COMMAND,
         ),
     )
-    proofs[DISTILLED] = verify(
-        outputs[DISTILLED], trained, progress=_within(f"verify {DISTILLED}", progress)
-    )
-    proofs[DISTILLED].write_report(out / PROOF_NAME.format(DISTILLED))
+    proofs[DISTILLED] = _prove(outputs[DISTILLED], trained, None, progress)
     folders = {"bf16": source, **outputs}
     runs = evaluate(
         [
@@ -134,8 +142,42 @@ def run_demo(
         progress=_within("evaluate", progress),
     )
     published = publish(runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs])
-    outputs |= {"answers": out / "runs", "data": published.data, "report": published.page}
-    return DemoResult(report=published.report, proofs=proofs, outputs=outputs)
+    outputs |= built | {"answers": out / "runs", "data": published.data, "report": published.page}
+    return DemoResult(
+        report=published.report, proofs=proofs, outputs=outputs, notes=_say_what_is_missing(built)
+    )
+
+
+def _prove(
+    run: Path, source: Path, graphs: Path | None, progress: ProgressCallback | None
+) -> VerificationReport:
+    """Verify a checkpoint, and its graphs if there are any; the proof is written beside it."""
+    proof = verify(run, source, graphs=graphs, progress=_within(f"verify {run.name}", progress))
+    proof.write_report(run.parent / PROOF_NAME.format(run.name))
+    return proof
+
+
+def _deploy(run: Path, progress: ProgressCallback | None) -> dict[str, Path]:
+    """Write the graphs and the engines of a checkpoint, as far as their libraries are there."""
+    built: dict[str, Path] = {}
+    graphs = export_graphs(run, progress=_within(f"graphs of {run.name}", progress))
+    if graphs is None:
+        return built
+    built[_GRAPHS.format(run.name)] = graphs
+    engines = build_engines(run, graphs, progress=_within(f"engines of {run.name}", progress))
+    if engines is not None:
+        built[_ENGINES.format(run.name)] = engines
+    return built
+
+
+def _say_what_is_missing(built: Mapping[str, Path]) -> tuple[str, ...]:
+    """Say which extra brings what could not be built."""
+    extras = {_GRAPHS.format(EXPORTED): "onnx", _ENGINES.format(EXPORTED): "onnx,tensorrt-rtx"}
+    return tuple(
+        f"{name}: not built, needs pip install 'nvvl[{extra}]'"
+        for name, extra in extras.items()
+        if name not in built
+    )
 
 
 def _distill(

@@ -20,6 +20,7 @@ from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.reports.deployment import Engines, find_engines
 from nvvl.reports.run import RunResult
 
 # Name of a proof beside the checkpoint whose name is put in.
@@ -64,12 +65,14 @@ class Evidence:
         recipe: the recipe in force; None as above.
         num_linears: how many linears have each format.
         proof: None if ``nvvl verify`` was not run.
+        engines: None if none were built.
     """
 
     manifest: Manifest | None
     recipe: Recipe | None
     num_linears: Mapping[str, int]
     proof: Proof | None
+    engines: Engines | None = None
 
     @property
     def source_sha256(self) -> str | None:
@@ -157,7 +160,11 @@ def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
         manifest = Manifest.read(folder)
         recipe, formats = _read_recipe(folder / RECIPE_NAME)
     return Evidence(
-        manifest=manifest, recipe=recipe, num_linears=Counter(formats.values()), proof=proof
+        manifest=manifest,
+        recipe=recipe,
+        num_linears=Counter(formats.values()),
+        proof=proof,
+        engines=find_engines(folder),
     )
 
 

@@ -1,10 +1,12 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nvvl.errors import OutputError
-from nvvl.reports.demo import run_demo
+from nvvl.reports import demo_export
+from nvvl.reports.demo import _say_what_is_missing, run_demo
 from nvvl.reports.run import load_run
 
 
@@ -45,17 +47,35 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
         "quantize fp8",
         "verify fp8",
         "quantize nvfp4",
+        "graphs of nvfp4",
+        "engines of nvfp4",
         "verify nvfp4",
         "distill nvfp4",
         "verify nvfp4-qad",
         "evaluate",
     ]
     assert all(path.exists() for path in result.outputs.values())
+    proved = {check.rule: check.passed for check in result.proofs["nvfp4"].checks}
+    assert [proved[f"O{number}"] for number in range(1, 6)] == [True] * 5
+    engines = json.loads((out / "nvfp4-engines" / "manifest.json").read_text())["engines"]
+    assert engines.keys() == {"vision", "prefill", "decode"}
+    assert result.notes == ()
     page = result.outputs["report"].read_text(encoding="utf-8")
     assert result.outputs["report"] == out / "report.html"
+    assert "for sm120, built and not run: vision" in page
     assert "FP8, language_model.backbone.layers" in page
     assert "NVFP4, language_model.backbone.layers" in page
     assert load_run(out / "runs" / "nvfp4").model == out / "nvfp4"
+
+
+def test_demo_says_what_it_could_not_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_export, "find_spec", lambda name: None)
+    assert demo_export.export_graphs(tmp_path) is None
+    assert demo_export.build_engines(tmp_path, tmp_path) is None
+    assert _say_what_is_missing({}) == (
+        "nvfp4 graphs: not built, needs pip install 'nvvl[onnx]'",
+        "nvfp4 engines: not built, needs pip install 'nvvl[onnx,tensorrt-rtx]'",
+    )
 
 
 def test_demo_does_not_replace_what_nvvl_did_not_write(source: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from nvvl.errors import DataError
+from nvvl.reports.deployment import Engine, find_engines
 from nvvl.reports.evidence import gather_evidence, read_proof
 
 CHECK = {"rule": "H1", "name": "hashes", "status": "passed", "detail": "ok", "passed": True}
@@ -71,3 +73,29 @@ def test_file_that_is_no_proof_is_named(tmp_path: Path, text: str) -> None:
 def test_missing_proof_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.json: cannot be read"):
         read_proof(tmp_path / "nowhere.json")
+
+
+def test_engines_beside_a_checkpoint_are_found_if_they_are_of_it(tmp_path: Path) -> None:
+    checkpoint, folder = tmp_path / "nvfp4", tmp_path / "nvfp4-engines"
+    checkpoint.mkdir()
+    assert find_engines(checkpoint) is None
+    (checkpoint / "manifest.json").write_text("{}")
+    assert find_engines(checkpoint) is None
+    folder.mkdir()
+    values = {
+        "builder": {"name": "tensorrt-rtx", "version": "1.7"},
+        "targets": ["sm120"],
+        "checkpoint": {"manifest_sha256": hashlib.sha256(b"{}").hexdigest()},
+        "engines": {"vision": {"size_bytes": 5, "build_seconds": 1.5, "file": "vision.engine"}},
+    }
+    (folder / "manifest.json").write_text(json.dumps(values))
+    found = find_engines(checkpoint)
+    assert found is not None
+    assert (found.builder, found.targets) == ("tensorrt-rtx 1.7", ("sm120",))
+    assert found.engines == {"vision": Engine(size_bytes=5, build_seconds=1.5)}
+    (checkpoint / "manifest.json").write_text("{} ")
+    with pytest.raises(DataError, match="engines of another checkpoint"):
+        find_engines(checkpoint)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not a manifest of engines"):
+        find_engines(checkpoint)

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.nvvl-installed
 # Two test processes with one thread each beat one process with two threads on a 2-core machine.
 TEST_WORKERS ?= 2
 
-.PHONY: install browser demo test lint bench engines interop wheel-test clean
+.PHONY: install browser demo test lint bench engines interop interop-vllm interop-edge wheel-test clean
 
 install: $(STAMP)
 
@@ -49,14 +49,18 @@ engines: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --size embedded
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --size blocks
 
-# The embedded model in BF16, FP8 and NVFP4, served by vLLM's CPU build: an environment of its own,
-# 2.8 GB, and outside the tests.
+# The embedded model in BF16, FP8 and NVFP4, served by vLLM's CPU build, and read by Edge-LLM's
+# exporter: environments of their own, 2.8 and 2.2 GB, and outside the tests.
 INTEROP_VENV := .venv-interop
+EDGE_VENV := .venv-edge
 INTEROP_OUT := runs/interop
 INTEROP_ITEMS ?= 100
 EMBEDDED := model/embedded/model.safetensors
+INTEROP_QUANTIZED := $(INTEROP_OUT)/fp8/manifest.json $(INTEROP_OUT)/nvfp4/manifest.json
 
-interop: install $(INTEROP_VENV)/.installed $(INTEROP_OUT)/fp8/manifest.json $(INTEROP_OUT)/nvfp4/manifest.json
+interop: interop-vllm interop-edge
+
+interop-vllm: install $(INTEROP_VENV)/.installed $(INTEROP_QUANTIZED)
 	$(BIN)/python -m nvvl.tools.interop.reference $(INTEROP_OUT) --items $(INTEROP_ITEMS) \
 		bf16=model/embedded fp8=$(INTEROP_OUT)/fp8 nvfp4=$(INTEROP_OUT)/nvfp4
 	for pair in bf16=model/embedded fp8=$(INTEROP_OUT)/fp8 nvfp4=$(INTEROP_OUT)/nvfp4; do \
@@ -65,12 +69,25 @@ interop: install $(INTEROP_VENV)/.installed $(INTEROP_OUT)/fp8/manifest.json $(I
 	done
 	$(BIN)/python -m nvvl.tools.interop.judge $(INTEROP_OUT)
 
+interop-edge: install $(EDGE_VENV)/.installed $(INTEROP_QUANTIZED) $(INTEROP_OUT)/blocks/config.json
+	$(EDGE_VENV)/bin/python tools/interop/edge_llm.py $(INTEROP_OUT)/edge \
+		$(INTEROP_OUT)/fp8 $(INTEROP_OUT)/nvfp4
+	$(EDGE_VENV)/bin/python tools/interop/edge_llm.py --visual $(INTEROP_OUT)/edge $(INTEROP_OUT)/blocks
+
+$(INTEROP_OUT)/blocks/config.json: | install
+	$(BIN)/python benchmarks/make_checkpoint.py --size blocks $(INTEROP_OUT)/blocks
+
 $(INTEROP_OUT)/%/manifest.json: $(EMBEDDED) | install
 	$(BIN)/nvvl quantize $* embedded $(INTEROP_OUT)/$* --samples 256 --overwrite
 
 $(INTEROP_VENV)/.installed: tools/interop/requirements.txt
 	$(PYTHON) -m venv --clear $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+$(EDGE_VENV)/.installed: tools/interop/requirements-edge.txt
+	$(PYTHON) -m venv --clear $(EDGE_VENV)
+	$(EDGE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 wheel-test: install

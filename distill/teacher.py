@@ -14,7 +14,7 @@ from nvvl.distill.recipe import DistillRecipe
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processor import Processor
-from nvvl.quantize.load import check_quantized_tensors, is_quantized, read_formats
+from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.staging import MANIFEST_NAME
 

@@ -18,7 +18,7 @@ from nvvl.export.hash_proof import HashProof
 from nvvl.export.onnx_graph import TORCH_DTYPES, GraphDtype
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.safetensors_io import tensor_bytes
-from nvvl.quantize.load import check_quantized_tensors, is_quantized, read_formats
+from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.staging import MANIFEST_NAME
 

@@ -9,11 +9,16 @@ be written as a stream, and a plan can state its exact size.
                   weight_scale_2 F32 ()   input_scale F32 ()
     nvfp4-w4a16   as nvfp4, without input_scale
 
+and, read from other tools but never written,
+
+    fp8-per-channel   weight F8_E4M3 (N, K)   weight_scale F32 (N,)
+
 A ``scale`` multiplies codes back to values. Block scales are stored row-major, not swizzled.
 Layout: ModelOpt's unified Hugging Face export, as vLLM and TensorRT-LLM read it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from nvvl.model.checkpoint import Checkpoint, TensorSpec
 from nvvl.quantize.formats import BLOCK_SIZE
@@ -22,8 +27,10 @@ from nvvl.quantize.targets import LinearShape, quantized_only
 
 CALIBRATION_NAME = "calibration.safetensors"
 
+StoredFormat = Format | Literal["fp8-per-channel"]
 
-def linear_tensors(fqn: str, shape: LinearShape, linear_format: Format) -> list[TensorSpec]:
+
+def linear_tensors(fqn: str, shape: LinearShape, linear_format: StoredFormat) -> list[TensorSpec]:
     """List the tensors of one quantized linear, weight first.
 
     Args:
@@ -40,6 +47,11 @@ def linear_tensors(fqn: str, shape: LinearShape, linear_format: Format) -> list[
             TensorSpec(f"{fqn}.weight", "F8_E4M3", (rows, columns)),
             TensorSpec(f"{fqn}.weight_scale", "F32", ()),
             TensorSpec(f"{fqn}.input_scale", "F32", ()),
+        ]
+    if linear_format == "fp8-per-channel":
+        return [
+            TensorSpec(f"{fqn}.weight", "F8_E4M3", (rows, columns)),
+            TensorSpec(f"{fqn}.weight_scale", "F32", (rows,)),
         ]
     if linear_format == "bf16":
         raise ValueError(f"{fqn}: bf16 is not a quantized format")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from nvvl.model.products import linear
 from nvvl.model.safetensors_io import torch_dtypes
-from nvvl.quantize import fp8, nvfp4
-from nvvl.quantize.layout import linear_tensors
-from nvvl.quantize.recipe import Format
+from nvvl.quantize import fp8, fp8_rows, nvfp4
+from nvvl.quantize.layout import StoredFormat, linear_tensors
 from nvvl.quantize.targets import LinearShape
 
 
@@ -24,6 +23,7 @@ class QuantizedLinear(nn.Module):
         linear_format: Format of weight and input.
         in_features: K.
         out_features: N.
+        bias: (N,) or None; stored as it is, and only vision linears have one.
         dense_weight: (N, K) dequantized weight, after `prepare`; not part of the state.
     """
 
@@ -31,15 +31,19 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     weight_scale_2: Tensor
     input_scale: Tensor
+    bias: nn.Parameter | None
     dense_weight: Tensor | None
 
-    def __init__(self, shape: LinearShape, linear_format: Format) -> None:
+    def __init__(
+        self, shape: LinearShape, linear_format: StoredFormat, *, bias: bool = False
+    ) -> None:
         super().__init__()
         self.linear_format = linear_format
         self.out_features, self.in_features = shape
         for spec in linear_tensors("", shape, linear_format):
             empty = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype])
             self.register_buffer(spec.name.removeprefix("."), empty)
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0])) if bias else None)
         self.register_buffer("dense_weight", None, persistent=False)
 
     def prepare(self, dtype: torch.dtype) -> None:
@@ -50,6 +54,8 @@ class QuantizedLinear(nn.Module):
         """
         if self.linear_format == "fp8":
             self.dense_weight = fp8.dequantize(self.weight, self.weight_scale, dtype)
+        elif self.linear_format == "fp8-per-channel":
+            self.dense_weight = fp8_rows.dequantize(self.weight, self.weight_scale, dtype)
         else:
             self.dense_weight = nvfp4.dequantize(
                 self.weight, self.weight_scale, self.weight_scale_2, dtype
@@ -65,9 +71,11 @@ class QuantizedLinear(nn.Module):
             raise RuntimeError("QuantizedLinear: call prepare() after loading its tensors")
         if self.linear_format == "fp8":
             x = fp8.fake_quantize(x, self.input_scale)
+        elif self.linear_format == "fp8-per-channel":
+            x = fp8_rows.fake_quantize(x)
         elif self.linear_format == "nvfp4":
             x = nvfp4.fake_quantize(x, self.input_scale)
-        return linear(x, self.dense_weight)
+        return linear(x, self.dense_weight, self.bias)
 
     def extra_repr(self) -> str:
         """Say shape and format."""

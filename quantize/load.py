@@ -7,39 +7,47 @@ checks:
 * `fake_quant_model` takes the BF16 source and puts ModelOpt's quantizers on it, with the amax of
   ``calibration.safetensors``: the model that was calibrated.
 
-Formats are read off the tensors themselves and must be those that ``hf_quant_config.json``
-declares, because a server believes the latter.
+Folders of ModelOpt and llm-compressor are read as well, so that a peer's output can be judged:
+`nvvl.quantize.declared` gives their tensors our names and scales, or says what is not understood.
+There any linear may be quantized, those of the vision tower, the projector and the head too.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from nvvl.errors import CheckpointError
-from nvvl.model.checkpoint import Checkpoint, TensorSpec
-from nvvl.model.load import expected_tensors, load_model, materialize
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.load import load_model, materialize
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8
-from nvvl.quantize.layout import CALIBRATION_NAME, linear_tensors
+from nvvl.quantize.declared import (
+    check_quantized_tensors,
+    is_quantized,
+    open_checkpoint,
+    stored_formats,
+)
+from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.pack import Amax, read_amaxes
 from nvvl.quantize.recipe import FORMATS, Format
-from nvvl.quantize.server_config import ALGORITHM_OF, MIXED
-from nvvl.quantize.side_files import HF_QUANT_CONFIG_NAME, RECIPE_NAME
-from nvvl.quantize.targets import list_linears, quantized_only
+from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.quantize.targets import LinearShape, list_linears, quantized_only
+
+# The forward looks at its dtype. A tool that quantizes it is told that its scales are unexpected.
+_NEVER_QUANTIZED = "patch_generator.embedder"
 
 
 def load_any(
     folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> NemotronNanoVL:
-    """Load a BF16, FP8, NVFP4 or mixed checkpoint for inference.
+    """Load a BF16, FP8, NVFP4 or mixed checkpoint for inference, nvvl's or another tool's.
 
     Args:
-        folder: A checkpoint folder in the released layout.
+        folder: A checkpoint folder in the released layout, or in that of compressed-tensors.
         dtype: Of activations and products.
         device: Where the tensors go.
 
@@ -48,17 +56,18 @@ def load_any(
         CheckpointError: if tensors are missing, unexpected, of another shape or dtype, or not
             finite, or if the declared formats are unknown or not those of the tensors.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     if not is_quantized(checkpoint):
         return load_model(folder, dtype=dtype, device=device)
-    formats = read_formats(checkpoint)
-    check_quantized_tensors(checkpoint, formats)
     with torch.device("meta"):
         model = NemotronNanoVL(checkpoint.config)
-        shapes = list_linears(checkpoint.config)
+        linears = _all_linears(model)
+        formats = stored_formats(checkpoint, linears)
+        check_quantized_tensors(checkpoint, formats, linears)
         for fqn, linear_format in formats.items():
             if linear_format != "bf16":
-                _replace(model, fqn, QuantizedLinear(shapes[fqn], linear_format))
+                bias = model.get_submodule(fqn).bias is not None
+                _replace(model, fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
     materialize(model, "", checkpoint, dtype=dtype, device=device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -98,80 +107,6 @@ def fake_quant_model(
     return model
 
 
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a folder declares a quantization."""
-    declared = (checkpoint.folder / HF_QUANT_CONFIG_NAME).exists()
-    return declared or "quantization_config" in checkpoint.config.raw
-
-
-def read_formats(checkpoint: Checkpoint) -> dict[str, Format]:
-    """Return the format of every quantizable linear, and compare it with what is declared.
-
-    Raises:
-        CheckpointError: if the declaration is missing, names an algorithm nvvl does not read, or
-            the tensors have other formats than it says.
-    """
-    path = checkpoint.folder / HF_QUANT_CONFIG_NAME
-    try:
-        quantization = json.loads(path.read_text(encoding="utf-8"))["quantization"]
-        algorithm = str(quantization["quant_algo"])
-        layers: Mapping[str, Any] = quantization.get("quantized_layers") or {}
-        declared = {fqn: str(entry["quant_algo"]) for fqn, entry in layers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a quantization config ({error!r}); required for a folder "
-            "with quantized tensors"
-        ) from None
-    known = {*ALGORITHM_OF.values(), MIXED}
-    unknown = sorted({algorithm, *declared.values()} - known)
-    if unknown:
-        raise CheckpointError(
-            f"{path}: quant_algo {', '.join(unknown)}; required one of {', '.join(sorted(known))}"
-        )
-    formats: dict[str, Format] = {}
-    for fqn in list_linears(checkpoint.config):
-        formats[fqn] = _stored_format(fqn, checkpoint)
-    found = {fqn: ALGORITHM_OF[fmt] for fqn, fmt in quantized_only(formats).items()}
-    if algorithm != MIXED:
-        declared = dict.fromkeys(found, algorithm)
-    if found != declared or not found:
-        raise CheckpointError(
-            f"{path}: declares other formats than the tensors have: "
-            f"{_describe_difference(declared, found)}"
-        )
-    return formats
-
-
-def check_quantized_tensors(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> None:
-    """Compare names, shapes and quantized dtypes of all tensors with what formats require.
-
-    Raises:
-        CheckpointError: listing every missing, unexpected and misshapen tensor, sorted.
-    """
-    shapes = list_linears(checkpoint.config)
-    expected: dict[str, TensorSpec] = {}
-    for name, shape in expected_tensors(checkpoint.config).items():
-        fqn = name.removesuffix(".weight")
-        if formats.get(fqn, "bf16") == "bf16":
-            expected[name] = TensorSpec(name, "", shape)
-        else:
-            specs = linear_tensors(fqn, shapes[fqn], formats[fqn])
-            expected |= {spec.name: spec for spec in specs}
-    faults = [f"{name} is missing" for name in expected.keys() - checkpoint.tensors]
-    faults += [f"{name} is unexpected" for name in checkpoint.tensors.keys() - expected]
-    for name in expected.keys() & checkpoint.tensors:
-        info, spec = checkpoint.tensors[name], expected[name]
-        if info.shape != spec.shape or (spec.dtype and info.dtype != spec.dtype):
-            faults.append(
-                f"{name} is {info.dtype} {info.shape}, required {spec.dtype} {spec.shape}"
-            )
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(faults)} tensors do not fit config.json and formats: "
-            f"{'; '.join(sorted(faults))}"
-        )
-
-
 def read_recipe_formats(path: Path, linears: Mapping[str, object]) -> dict[str, Format]:
     """Read the resolved formats of ``recipe.json``.
 
@@ -188,24 +123,13 @@ def read_recipe_formats(path: Path, linears: Mapping[str, object]) -> dict[str, 
     return dict(formats)
 
 
-def _stored_format(fqn: str, checkpoint: Checkpoint) -> Format:
-    dtype = checkpoint.info(f"{fqn}.weight").dtype
-    if dtype == "F8_E4M3":
-        return "fp8"
-    if dtype == "U8":
-        return "nvfp4" if f"{fqn}.input_scale" in checkpoint.tensors else "nvfp4-w4a16"
-    return "bf16"
-
-
-def _describe_difference(declared: Mapping[str, str], found: Mapping[str, str]) -> str:
-    names = sorted(fqn for fqn in declared.keys() | found if declared.get(fqn) != found.get(fqn))
-    if not names:
-        return "no linear is quantized"
-    first = names[0]
-    return (
-        f"{first} is declared {declared.get(first, 'BF16')}, its tensors are "
-        f"{found.get(first, 'BF16')}" + (f" (and {len(names) - 1} more)" if names[1:] else "")
-    )
+def _all_linears(model: nn.Module) -> dict[str, LinearShape]:
+    """Return (out_features, in_features) of every linear that a peer may have quantized."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith(_NEVER_QUANTIZED)
+    }
 
 
 def _round_as_packed(

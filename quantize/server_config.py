@@ -24,6 +24,7 @@ from typing import Any
 
 from nvvl.model.config import VLMConfig
 from nvvl.quantize.formats import BLOCK_SIZE
+from nvvl.quantize.layout import StoredFormat
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.targets import LAYERS, quantized_only
 
@@ -34,6 +35,14 @@ ALGORITHM_OF: Mapping[Format, str] = {
 }
 FORMAT_OF: Mapping[str, Format] = {name: fmt for fmt, name in ALGORITHM_OF.items()}
 MIXED = "MIXED_PRECISION"
+
+# With what other tools write and nvvl only reads.
+STORED_ALGORITHM_OF: Mapping[StoredFormat, str] = {
+    "fp8": ALGORITHM_OF["fp8"],
+    "fp8-per-channel": "FP8_PER_CHANNEL_PER_TOKEN",
+    "nvfp4": ALGORITHM_OF["nvfp4"],
+    "nvfp4-w4a16": ALGORITHM_OF["nvfp4-w4a16"],
+}
 
 
 def hf_quant_config(config: VLMConfig, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvvl.errors import DataError
+from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
 
 ImageCondition = Literal["right", "blank", "other"]
 AnswerKey = tuple[str, ImageCondition, int]
@@ -189,11 +190,15 @@ def fingerprint(folder: Path) -> str:
 
 def describe_model(folder: Path) -> dict[str, Any]:
     """Return format and sizes of a model's folder, as `RunResult` names them."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     quantization = config.get("quantization_config") or {}
+    declared = quantization.get("quant_algo") or quantization.get("quant_method") or "BF16"
+    if is_compressed_tensors(config):
+        declared = declared_algorithm(quantization, path)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     return {
-        "format": quantization.get("quant_algo") or quantization.get("quant_method") or "BF16",
+        "format": declared,
         "weights_bytes": sum(
             size for path, size in sizes.items() if path.match("model*.safetensors")
         ),

@@ -18,8 +18,9 @@ from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.declared import read_formats
 from nvvl.quantize.linear import QuantizedLinear
-from nvvl.quantize.load import fake_quant_model, load_any, read_formats
+from nvvl.quantize.load import fake_quant_model, load_any
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.recipe import Recipe, Rule
 from nvvl.quantize.targets import assign_formats, list_linears
@@ -231,7 +232,7 @@ def test_folder_with_faulty_tensors_is_refused(
 @pytest.mark.parametrize(
     ("preset", "quantization", "message"),
     [
-        ("fp8", {"quant_algo": "INT4_AWQ"}, "quant_algo INT4_AWQ; required one of FP8, MIXED"),
+        ("fp8", {"quant_algo": "INT4_AWQ"}, r"quant_algo INT4_AWQ; required one of FP8, .*, NVFP4"),
         ("fp8", {"quant_algo": "NVFP4"}, r"is declared NVFP4, its tensors are FP8 \(and \d+ more"),
         ("mixed", {"quantized_layers": {}}, "is declared BF16, its tensors are FP8"),
         ("mixed", {"quantized_layers": {UP_PROJ: {"quant_algo": "W8A8"}}}, "quant_algo W8A8"),

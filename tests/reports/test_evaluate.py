@@ -1,13 +1,18 @@
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nvvl.calib_data.items import Item
 from nvvl.errors import ConfigError, DataError, OutputError
 from nvvl.model.processor import Message
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.collect import collect
 from nvvl.reports.evaluate import Candidate, Options, ProgressCallback, evaluate
 from nvvl.reports.run import RunResult, load_run
@@ -248,3 +253,40 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     with pytest.raises(DataError, match=r"vocab_size differ from .*made from one BF16 model"):
         run(tmp_path / "run", teacher=teacher)
     assert not (tmp_path / "run").exists()
+
+
+def test_llm_compressor_folder_is_asked_beside_ours(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    own, peer = tmp_path / "own", tmp_path / "peer"
+    quantize_checkpoint(tiny_checkpoint, own, PRESETS["nvfp4-w4a16"](), None)
+    shutil.copytree(tiny_checkpoint, peer, ignore=shutil.ignore_patterns("*.index.json"))
+    tensors = load_file(own / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        fqn = name.removesuffix(".weight_scale_2")
+        tensors[f"{fqn}.weight_global_scale"] = (1 / tensors.pop(name)).reshape(1)
+        tensors[f"{fqn}.weight_packed"] = tensors.pop(f"{fqn}.weight")
+    save_file(tensors, peer / "model.safetensors")
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    config = json.loads((peer / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "config_groups": {"all": {"targets": ["re:.*mixer.*_proj"], "weights": weights}},
+    }
+    (peer / "config.json").write_text(json.dumps(config))
+    runs = evaluate(
+        [Candidate(folder=f, out=tmp_path / f"run-{f.name}", label=f.name) for f in (own, peer)],
+        [NUMBERS],
+        Options(num_items=20, batch_size=4, gate_items=0),
+        teacher=tiny_checkpoint,
+    )
+    assert [run.format for run in runs] == ["W4A16_NVFP4", "W4A16_NVFP4"]
+    for mine, theirs in zip(*(run.answers for run in runs), strict=True):
+        assert mine.kl is not None
+        assert mine.kl > 0
+        # One over one over a scale may be another float32 next to it, and move single roundings.
+        assert theirs.nll == pytest.approx(mine.nll, rel=0.01)
+    report = collect([run.out for run in runs])
+    assert [(run.label, run.format) for run in report.runs] == [
+        ("own", "W4A16_NVFP4"),
+        ("peer", "W4A16_NVFP4"),
+    ]

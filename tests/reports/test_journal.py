@@ -176,7 +176,7 @@ def test_the_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
     [
         (None, "BF16"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "gptq"}, "gptq"),
     ],
 )
 def test_format_and_sizes_are_read_from_the_folder(

@@ -199,13 +199,15 @@ def register_eager() -> str:
     from nvvl.quantize.backend import _StraightThrough
 
     def rounded(x: Tensor, scale: Tensor) -> Tensor:
-        packed, block_scale, _ = NVFP4QTensor.quantize(x, 16, weights_scaling_factor_2=scale)
-        return packed.dequantize(
-            dtype=x.dtype, scale=block_scale, double_scale=scale, block_sizes={-1: 16}
+        quantized = NVFP4QTensor.quantize(x, 16, weights_scaling_factor_2=scale)
+        packed = cast(Any, quantized[0])
+        result: Tensor = packed.dequantize(
+            dtype=x.dtype, scale=quantized[1], double_scale=scale, block_sizes={-1: 16}
         )
+        return result
 
     def entrypoint(x: Tensor, quantizer: TensorQuantizer) -> Tensor:
-        scale = quantizer.amax.float() / (6 * 448)
+        scale = cast(Tensor, quantizer.amax).float() / (6 * 448)
         result: Tensor = _StraightThrough.apply(x, rounded, scale)  # type: ignore[no-untyped-call]
         return result
 

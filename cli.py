@@ -19,7 +19,7 @@ from nvvl.export.command import chat, onnx, plan, verify
 from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
-from nvvl.quantize.command import quantize
+from nvvl.quantize.command import quantize, show_statistics
 from nvvl.reports.command import build_calibration_set, demo, evaluate, report, sweep
 
 EXIT_USER_ERROR = 2
@@ -74,6 +74,9 @@ calib_app.command("build", epilog="Example: nvvl calib build my-set.toml my-set"
     build_calibration_set
 )
 calib_app.command(epilog="Example: nvvl calib show default --samples 16 --save pictures")(show)
+calib_app.command("stats", epilog="Example: nvvl calib stats embedded default --samples 64")(
+    show_statistics
+)
 app.command(epilog='Example: nvvl chat embedded --image page.png "What is the total?"')(chat)
 app.command(epilog="Example: nvvl demo -o demo")(demo)
 

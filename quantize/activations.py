@@ -10,10 +10,13 @@ part to part, which bounds memory and moves sums by rounding.
 Between blocks an item is a tensor in CPU memory as far as the budget allows, and in the spill file
 (`nvvl.quantize.spill`) beyond it; the next item is fetched, and the last one written, while a block
 runs over the one between them. On CUDA items are pinned and copied without waiting.
+
+Who watches a layer of the language model is told, before tokens pass, which of them are images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +30,10 @@ from nvvl.quantize.estimate import SPAN_TILES, SPAN_TOKENS
 from nvvl.quantize.spill import Spill, SpillWriter
 
 Tick = Callable[[], None]
+# told which of the tokens that pass next are image tokens: (1, T) bool
+Announce = Callable[[Tensor], None]
+# told where a span begins
+_AnnounceSpan = Callable[[int], None]
 # in memory; the name of a tensor in the spill; or nothing yet, as of a text in the vision tower
 _Hidden = Tensor | str | None
 
@@ -149,9 +156,42 @@ class Activations:
             input_ids = self._input_ids[index].to(self._device)
             self._store(index, name, model.embed(input_ids, features))
 
-    def run_layer(self, layer: nn.Module, name: str) -> None:
-        """Run one layer of the language model, which may have quantizers that observe."""
-        self._map(name, lambda hidden: _in_spans(layer, hidden))
+    def run_layer(self, layer: nn.Module, name: str, announce: Announce | None = None) -> None:
+        """Run one layer of the language model, which may have quantizers that observe.
+
+        Args:
+            layer: On its device.
+            name: Of the block.
+            announce: Called before each span of tokens.
+        """
+        for index, hidden in self._fetched():
+            run = partial(_in_spans, layer, announce=self._announcer(index, announce))
+            self._run(index, name, hidden, run)
+
+    def observe_layer(self, layer: nn.Module, name: str, announce: Announce) -> None:
+        """Run one layer of the language model for who watches it; the items stay as they are.
+
+        Args:
+            layer: On its device.
+            name: Of the block.
+            announce: Called before each span of tokens.
+
+        Raises:
+            CalibrationError: naming a block and an item that give NaN or Inf.
+        """
+        for index, hidden in self._fetched():
+            assert hidden is not None
+            try:
+                hidden = hidden.to(self._device, non_blocking=True)
+                _in_spans(layer, hidden, announce=self._announcer(index, announce))
+            except CalibrationError as error:
+                raise self._not_finite(index, name) from error
+
+    def _announcer(self, index: int, announce: Announce | None) -> _AnnounceSpan | None:
+        if announce is None:
+            return None
+        images = self._input_ids[index] == self._processor.config.image_token_id
+        return lambda start: announce(images[:, start : start + SPAN_TOKENS])
 
     def _map(self, name: str, run: Callable[[Tensor], Tensor]) -> None:
         for index, hidden in self._fetched():
@@ -256,10 +296,12 @@ def _in_parts(run: Callable[[Tensor], Tensor], tiles: Tensor) -> Tensor:
     return torch.cat([run(part) for part in tiles.split(SPAN_TILES)])
 
 
-def _in_spans(layer: nn.Module, hidden: Tensor) -> Tensor:
+def _in_spans(layer: nn.Module, hidden: Tensor, *, announce: _AnnounceSpan | None = None) -> Tensor:
     """Run over (1, T, hidden) a span of tokens at a time, with the state that each span leaves."""
     outputs, state = [], None
-    for span in hidden.split(SPAN_TOKENS, dim=1):
+    for index, span in enumerate(hidden.split(SPAN_TOKENS, dim=1)):
+        if announce is not None:
+            announce(index * SPAN_TOKENS)
         output, state = layer(span, state=state)
         outputs.append(output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -1,4 +1,4 @@
-"""The verb ``nvvl quantize``, also ``nvvl-quantize``."""
+"""The verbs ``nvvl quantize``, also ``nvvl-quantize``, and ``nvvl calib stats``."""
 
 import sys
 from dataclasses import replace
@@ -9,6 +9,7 @@ import typer
 
 from nvvl.errors import DataError, RecipeError
 from nvvl.options import (
+    CalibArgument,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -99,6 +100,47 @@ def quantize(
     else:
         print(f"{out}: {manifest.format}, {len(manifest.tensors)} tensors")
         print(f"prove it: nvvl verify {out} --against {model}")
+
+
+def show_statistics(
+    model: ModelArgument,
+    calib: CalibArgument = "default",
+    *,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Items to run; else as many as the recipe says.")
+    ] = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what images and text make of the inputs of each linear: amax, rounding errors.
+
+    The error is sum (x - rounded x)**2 / sum x**2 of the tokens of one modality, under the scale
+    that the recipe finds (nvfp4 unless --recipe says otherwise), once rounded to FP8 and once to
+    NVFP4. A recipe with image_weight shows the scales it chooses. Nothing is written.
+    """
+    from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.console import print_json, print_table, show_progress
+    from nvvl.model.resolve import resolve_model
+    from nvvl.quantize.presets import nvfp4
+    from nvvl.quantize.recipe import Recipe
+    from nvvl.quantize.statistics import collect_input_statistics
+    from nvvl.quantize.statistics_text import statistics_dict, statistics_table
+
+    chosen = nvfp4() if recipe is None else Recipe.from_toml(recipe)
+    num_items = chosen.num_calibration_items if samples is None else samples
+    source = resolve_model(model)
+    items = load_calibration_set(calib, num_items=num_items, seed=seed).items
+    with show_progress() as progress:
+        found = collect_input_statistics(
+            source, chosen, items, device=choose_device(device), progress=progress
+        )
+    if as_json:
+        values = statistics_dict(found, recipe=chosen, calibration=calib, num_items=len(items))
+        print_json({"model": model, **values})
+    else:
+        print_table(statistics_table(found, image_weight=chosen.image_weight))
 
 
 def choose_recipe(preset: Preset, file: Path | None, num_items: int | None) -> "Recipe":

@@ -36,6 +36,8 @@ _OVERLAPPED_BLOCKS = 3
 _CODES = 0.55
 # Bytes that live at once for each element of the widest activation inside a block.
 _BYTES_PER_WIDE_ELEMENT = 16
+# The same where rounding errors of inputs are summed: an input, exact, rounded, and the difference.
+_BYTES_PER_MEASURED_ELEMENT = 16
 # A weight is widened in pieces where the CPU has no bfloat16 units.
 _WIDENED_BYTES = 64 * 2**20
 # Items in memory below which going through the disk is not worth it.
@@ -194,6 +196,7 @@ def estimate_run(
     *,
     num_items: int,
     device: str,
+    weighted: bool = False,
     rates: Rates | None = None,
 ) -> Estimate:
     """Estimate peak memory and time of quantizing.
@@ -204,6 +207,7 @@ def estimate_run(
         formats: Format of each quantizable linear.
         num_items: Calibration items.
         device: ``cpu`` or ``cuda``.
+        weighted: Whether the recipe has an ``image_weight``: layers are run twice over the items.
         rates: Of this machine; measured if None.
     """
     calibrated = bool(set(CALIBRATED_FORMATS) & set(formats.values()))
@@ -219,13 +223,14 @@ def estimate_run(
     fixed = block + _CODES * max(packed, default=0)
     fixed += _CALIBRATED_BASE_BYTES if items else _BASE_BYTES
     if items:
-        fixed += _WIDENED_BYTES + _BYTES_PER_WIDE_ELEMENT * _widest_activation(config)
+        per_element = _BYTES_PER_WIDE_ELEMENT + (_BYTES_PER_MEASURED_ELEMENT if weighted else 0)
+        fixed += _WIDENED_BYTES + per_element * _widest_activation(config)
     overlap = (_OVERLAPPED_BLOCKS - 1) * block
     flops = (
         2
         * items
         * (
-            tokens * _linear_parameters(tensors, LAYERS)
+            (2 if weighted else 1) * tokens * _linear_parameters(tensors, LAYERS)
             + vision_tokens * _linear_parameters(tensors, "vision_model")
         )
     )

@@ -165,6 +165,7 @@ def make_plan(folder: Path, recipe: Recipe, *, device: str = "cpu", calibrate: b
         formats,
         num_items=recipe.num_calibration_items if calibrate else 0,
         device=device,
+        weighted=calibrate and recipe.image_weight is not None,
     )
     manifest_bytes = _estimate_manifest(source, layout, files, recipe, formats)
     disk_bytes = weight_bytes + sum(files.values()) + manifest_bytes

@@ -68,12 +68,16 @@ class Recipe:
         rules: Tried in order, the first match decides; a linear without a match stays BF16.
         algorithm: How an amax is found: ``max`` takes the largest magnitude observed.
         num_calibration_items: Items asked of a calibration set that can make any number.
+        image_weight: How much the rounding error of image tokens counts, 0 to 1, and that of text
+            tokens the rest, when the scale of a linear's inputs is chosen
+            (`nvvl.quantize.modalities`). None takes the scale of the amax.
     """
 
     name: str
     rules: tuple[Rule, ...]
     algorithm: Algorithm = "max"
     num_calibration_items: int = 1024
+    image_weight: float | None = None
 
     def __post_init__(self) -> None:
         _require_type(self.name, str, "name")
@@ -85,6 +89,13 @@ class Recipe:
             raise RecipeError(
                 f"num_calibration_items: required at least 1, got {self.num_calibration_items}"
             )
+        if self.image_weight is not None:
+            _require_share(self.image_weight, "image_weight")
+            if not any(rule.format in CALIBRATED_FORMATS for rule in self.rules):
+                raise RecipeError(
+                    "image_weight: weighs errors of inputs, and no rule quantizes inputs; leave it "
+                    f"out, or use one of {', '.join(CALIBRATED_FORMATS)}"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -124,13 +135,14 @@ class Recipe:
         for rule in self.rules:
             values = dataclasses.asdict(rule) | {"layers": list(rule.layers)}
             rules.append({key: value for key, value in values.items() if value != []})
-        return dataclasses.asdict(self) | {"rules": rules}
+        values = dataclasses.asdict(self) | {"rules": rules}
+        return {key: value for key, value in values.items() if value is not None}
 
     def to_toml(self) -> str:
         """Return the text of a file that `from_toml` reads back to an equal recipe."""
         values = self.to_dict()
         rules = values.pop("rules")
-        # JSON strings, integers and lists of integers are valid TOML as they stand
+        # JSON strings, numbers and lists of integers are valid TOML as they stand
         lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
         for rule in rules:
             lines += ["", "[[rules]]", *(f"{key} = {json.dumps(v)}" for key, v in rule.items())]
@@ -170,6 +182,12 @@ def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str
 def _require_type(value: object, kind: type, where: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise RecipeError(f"{where}: required {kind.__name__}, got {value!r}")
+
+
+def _require_share(value: object, where: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:  # type: ignore[operator]
+        raise RecipeError(f"{where}: required a number from 0 to 1, got {value!r}")
 
 
 def _require_choice(value: object, choices: tuple[str, ...], where: str) -> None:

@@ -2,7 +2,8 @@
 
 The largest input of a linear does not depend on the format that it is then stored in, because
 calibration runs the BF16 model. So one calibration serves every recipe over the same layers, and
-the bytes are those of a run that calibrated for itself.
+the bytes are those of a run that calibrated for itself. Scales chosen by ``image_weight`` do depend
+on the format, and serve that format alone.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ class StoredCalibration:
         source: SHA-256 of each tensor of the BF16 source.
         items: (id, SHA-256) of the calibration items.
         recipe: The recipe of that run.
+        formats: The format it gave to each quantizable linear.
         sha256: Of ``calibration.safetensors``.
     """
 
@@ -41,6 +43,7 @@ class StoredCalibration:
     source: Mapping[str, str]
     items: Sequence[tuple[str, str]]
     recipe: Recipe
+    formats: Mapping[str, Format]
     sha256: str
 
     @classmethod
@@ -61,6 +64,7 @@ class StoredCalibration:
                 "written, calibrate again"
             )
         suffix = ".input_amax"
+        recipe, formats = _read_recipe(folder / RECIPE_NAME)
         return cls(
             folder=folder,
             inputs={
@@ -70,7 +74,8 @@ class StoredCalibration:
             },
             source=manifest.source,
             items=manifest.items,
-            recipe=_read_recipe(folder / RECIPE_NAME),
+            recipe=recipe,
+            formats=formats,
             sha256=sha256,
         )
 
@@ -86,6 +91,12 @@ class StoredCalibration:
                 f"{self.folder}: was calibrated with algorithm {self.recipe.algorithm}, the recipe "
                 f"says {recipe.algorithm}; calibrate again"
             )
+        if recipe.image_weight != self.recipe.image_weight:
+            raise RecipeError(
+                f"{self.folder}: was calibrated with {_say_weight(self.recipe)}, the recipe has "
+                f"{_say_weight(recipe)}; calibrate again"
+            )
+        self._require_weighed(recipe, formats)
         missing = [
             fqn
             for fqn, linear_format in formats.items()
@@ -99,9 +110,30 @@ class StoredCalibration:
                 "nvfp4-w4a16"
             )
 
+    def _require_weighed(self, recipe: Recipe, formats: Mapping[str, Format]) -> None:
+        """Refuse another format where scales were chosen by the errors of one."""
+        for fqn, linear_format in formats.items():
+            before = self.formats.get(fqn, "bf16")
+            if (
+                recipe.image_weight is not None
+                and linear_format in CALIBRATED_FORMATS
+                and linear_format != before
+            ):
+                raise RecipeError(
+                    f"{fqn}: its input scale in {self.folder} was chosen by errors of {before}, "
+                    f"the recipe says {linear_format}; calibrate again, or leave out image_weight "
+                    "in both"
+                )
 
-def _read_recipe(path: Path) -> Recipe:
+
+def _say_weight(recipe: Recipe) -> str:
+    weight = recipe.image_weight
+    return "no image_weight" if weight is None else f"image_weight {weight}"
+
+
+def _read_recipe(path: Path) -> tuple[Recipe, dict[str, Format]]:
     try:
-        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Recipe.from_dict(values["recipe"]), values["formats"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not the recipe of a finished run ({error})") from None

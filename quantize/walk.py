@@ -18,7 +18,6 @@ bytes (``nvvl.quantize.journal``). What the walk writes is not called good here:
 reads it back with other code.
 """
 
-import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,23 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvvl.calib_data.items import Item
 from nvvl.errors import CalibrationError, DataError, OutputError
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from nvvl.model.load import check_tensors, expected_tensors, materialize
+from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.processor import Processor
-from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import kernels
 from nvvl.quantize.activations import Activations
 from nvvl.quantize.background import Background
+from nvvl.quantize.block_runner import BlockRunner, count_runs
 from nvvl.quantize.blocks import (
     EMBEDDINGS,
-    PATCHES,
-    PROJECTOR,
     BlockReader,
-    EmbeddingRows,
     LoadedBlock,
     finite_pieces,
     list_blocks,
@@ -58,7 +54,7 @@ from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 from nvvl.quantize.side_files import write_side_files
 from nvvl.quantize.staging import resumable_folder
 from nvvl.quantize.stored import StoredCalibration
-from nvvl.quantize.targets import LAYERS, assign_formats, layer_index, list_linears, quantized_only
+from nvvl.quantize.targets import assign_formats, list_linears, quantized_only
 
 if TYPE_CHECKING:
     from nvvl.calib_data.manifest import CalibrationSet
@@ -194,8 +190,7 @@ class Walk:
         self._journal = journal
         self._stored = stored
         self._limits = limits
-        with torch.device("meta"):
-            self._model = NemotronNanoVL(checkpoint.config).eval()
+        self._runner = BlockRunner(checkpoint, device)
 
     @torch.no_grad()
     def run(
@@ -213,7 +208,7 @@ class Walk:
             stop: As in `quantize_checkpoint`.
         """
         blocks = list_blocks(self._checkpoint.config)
-        num_runs = self._num_runs(blocks) if items else 0
+        num_runs = count_runs(blocks, self._formats) if items else 0
         ticker = _Ticker(progress, total=len(blocks) + 1 + num_runs * len(items))
         finished = list(self._journal.blocks)
         for record in finished:
@@ -285,16 +280,9 @@ class Walk:
             for count, name in enumerate(names, start=num_run + 1):
                 ticker.stage = name
                 block = reader.take(name)
-                self._run_over(activations, count, partial(self._run_plain, block, activations))
+                self._run_over(activations, count, partial(self._runner.run, block, activations))
                 self._journal.drop_spills(before=count)
         return num_run
-
-    def _num_runs(self, blocks: Sequence[str]) -> int:
-        """Count the blocks up to the last one whose inputs are quantized."""
-        last = max(
-            layer_index(fqn) for fqn, fmt in self._formats.items() if fmt in CALIBRATED_FORMATS
-        )
-        return blocks.index(f"{LAYERS}.{last}") + 1
 
     def _visit(
         self, block: LoadedBlock, activations: Activations | None, index: int
@@ -363,44 +351,16 @@ class Walk:
         """Run one block over the items, and find the amax of its quantized linears."""
         formats = self._formats_of(block)
         if not formats:
-            self._run_plain(block, activations)
+            self._runner.run(block, activations)
             return {}
-        from nvvl.quantize.calibrate import calibrate_block
+        from nvvl.quantize.weighting import calibrate_layer
 
-        layer = self._fill_layer(block)
-        amaxes = calibrate_block(
-            layer,
-            block.name,
-            formats,
-            algorithm=self._recipe.algorithm,
-            forward_loop=lambda layer: activations.run_layer(layer, block.name),
-        )
+        layer = self._runner.fill_layer(block)
+        amaxes = calibrate_layer(layer, block.name, formats, self._recipe, activations)
         for parameter in layer.parameters():
             # ModelOpt's layers are reference cycles, which live until Python looks for them
             parameter.data = parameter.new_empty(0)
         return amaxes
-
-    def _run_plain(self, block: LoadedBlock, activations: Activations) -> None:
-        """Run one block over the items; nothing observes."""
-        name = block.name
-        if name.startswith(LAYERS):
-            activations.run_layer(self._fill_layer(block), name)
-            return
-        if name == EMBEDDINGS:
-            # the table stays in its file: the items need few of its rows
-            rows = EmbeddingRows(self._checkpoint.info(f"{EMBEDDINGS}.weight"))
-            self._model.language_model.backbone.embeddings = rows  # type: ignore[assignment]
-            activations.embed(self._model, name)
-            return
-        module = self._model.get_submodule(name)
-        materialize(module, name, block, dtype=torch.bfloat16, device=self._device)
-        if name == PATCHES:
-            activations.cut_patches(module, name)
-        elif name == PROJECTOR:
-            activations.project(self._model, name)
-        else:
-            activations.encode(module, name)
-        module.to("meta")
 
     def _weight_amaxes(self, block: LoadedBlock) -> dict[str, Amax]:
         """Find the amax of weights alone; those of inputs come from a stored calibration."""
@@ -417,12 +377,6 @@ class Walk:
             if fqn.startswith(f"{block.name}."):
                 formats[fqn] = linear_format
         return formats
-
-    def _fill_layer(self, block: LoadedBlock) -> nn.Module:
-        # a copy, because quantizers replace its linears; it is dropped with its weights
-        layer = copy.deepcopy(self._model.get_submodule(block.name))
-        materialize(layer, block.name, block, dtype=torch.bfloat16, device=self._device)
-        return layer
 
     def _pack(self, fqn: str, amax: Amax, weight: Tensor) -> dict[str, TensorRecord]:
         weight = weight.to(device=self._device, dtype=torch.bfloat16)

@@ -26,6 +26,7 @@ VERBS = [
     ["report"],
     ["calib", "build"],
     ["calib", "show"],
+    ["calib", "stats"],
     ["chat"],
     ["demo"],
     ["path"],
@@ -184,6 +185,38 @@ def test_second_export_needs_no_calibration(quantized: Path, source: Path, tmp_p
     ]
     assert items[0] == items[1]
     assert run("verify", out, "--against", source, "--no-logits").exit_code == 0
+
+
+def test_statistics_are_shown_and_given_as_json(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "weighted.toml"
+    rule = '[[rules]]\ntarget = "*.out_proj"\nformat = "fp8"\n'
+    recipe.write_text(f'name = "weighted"\nimage_weight = 0.5\n{rule}')
+    arguments = ["calib", "stats", source, "default", "--samples", "2", "--recipe", recipe]
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "layers.0.mixer.out_proj" in shown.stdout
+    assert "scale / amax" in shown.stdout
+    values = json.loads(run(*arguments, "--json").stdout)
+    assert values["recipe"]["image_weight"] == 0.5
+    assert values["calibration"] == {"set": "default", "num_items": 2}
+    first = values["linears"][0]
+    assert first["format"] == "fp8"
+    assert first["image"]["num_tokens"] > 0
+    assert 0 < first["text"]["errors"]["nvfp4"] < 0.1
+    assert_user_error(
+        run("quantize", "nvfp4-w4a16", source, tmp_path / "out", "--recipe", recipe),
+        "required a recipe of nvfp4-w4a16 alone, got fp8",
+    )
+
+
+def test_weighted_checkpoint_is_proved(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "weighted.toml"
+    rule = '[[rules]]\ntarget = "*"\nformat = "nvfp4"\n'
+    recipe.write_text(f'name = "weighted"\nimage_weight = 0.25\n{rule}')
+    out = tmp_path / "out"
+    done = run("quantize", "nvfp4", source, out, "--recipe", recipe, "--samples", "2")
+    assert done.exit_code == 0, done.output
+    assert run("verify", out, "--against", source).exit_code == 0
 
 
 def test_plan_is_quick_and_does_not_import_torch(source: Path) -> None:

@@ -1,0 +1,176 @@
+"""Statistics of the inputs of every linear that a recipe quantizes, by modality; writes nothing.
+
+The blocks are run over the items as `nvvl.quantize.walk` does, each layer twice
+(`nvvl.quantize.modalities`), and the items stay in memory. For each linear: amax of image tokens
+and of text tokens, the input scale that the recipe gives, and the error of rounding either modality
+to FP8 and to NVFP4 under it, whichever of the two the recipe asks for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvvl.calib_data.items import Item
+from nvvl.errors import DataError, RecipeError
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.load import check_tensors, expected_tensors
+from nvvl.model.processor import Processor
+from nvvl.quantize.activations import Activations
+from nvvl.quantize.block_runner import BlockRunner, count_runs
+from nvvl.quantize.blocks import BlockReader, list_blocks
+from nvvl.quantize.formats import BLOCK_SIZE
+from nvvl.quantize.modalities import CANDIDATES, MODALITIES, PLAIN, LayerInputs, Modality
+from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
+from nvvl.quantize.targets import assign_formats, list_linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityStatistics:
+    """The inputs of one linear that belong to tokens of one modality.
+
+    Attributes:
+        num_tokens: Over all items.
+        amax: Largest magnitude.
+        errors: ``sum (x - fake_quantize(x))**2 / sum x**2`` by format; None where ``x`` is zero.
+    """
+
+    num_tokens: int
+    amax: float
+    errors: Mapping[Format, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """The inputs of one linear.
+
+    Attributes:
+        name: Full name of the linear.
+        format: What the recipe makes it.
+        scale_amax: By format, the magnitude that its input scale maps to the largest value.
+        parts: By modality.
+    """
+
+    name: str
+    format: Format
+    scale_amax: Mapping[Format, float]
+    parts: Mapping[Modality, ModalityStatistics]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        values: dict[str, Any] = {"name": self.name, "format": self.format}
+        values["scale_amax"] = dict(self.scale_amax)
+        for modality, part in self.parts.items():
+            values[modality] = {
+                "num_tokens": part.num_tokens,
+                "amax": part.amax,
+                "errors": dict(part.errors),
+            }
+        return values
+
+
+@torch.no_grad()
+def collect_input_statistics(
+    source: Path,
+    recipe: Recipe,
+    items: Sequence[Item],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[InputStatistics]:
+    """Run a checkpoint over items and describe the inputs of the linears.
+
+    Args:
+        source: A BF16 checkpoint folder in the released layout.
+        recipe: Says which linears, and how their input scales are found.
+        items: The calibration items.
+        device: Where blocks are run.
+        progress: Called with the name of the block, steps done and steps in total.
+
+    Returns:
+        Of each linear whose inputs the recipe quantizes, in the order of the model.
+
+    Raises:
+        ConfigError: if config.json or the tokenizer cannot be used.
+        CheckpointError: if source tensors are missing, unexpected, misshapen or not finite.
+        RecipeError: if the recipe does not fit the model, or quantizes no inputs.
+        DataError: if there are no items, one cannot be used, or all lack a modality that weighs.
+        CalibrationError: if an item gives NaN or Inf.
+    """
+    checkpoint = Checkpoint(source)
+    check_tensors(checkpoint, expected_tensors(checkpoint.config))
+    shapes = list_linears(checkpoint.config)
+    formats = assign_formats(recipe, shapes)
+    if not set(CALIBRATED_FORMATS) & set(formats.values()):
+        raise RecipeError(f"{recipe.name}: required a rule that quantizes inputs, got none")
+    if not items:
+        raise DataError("required at least one calibration item, got none")
+    device = torch.device(device)
+    all_blocks = list_blocks(checkpoint.config)
+    blocks = all_blocks[: count_runs(all_blocks, formats)]
+    stage, done = "", 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(stage, done, len(blocks) * len(items))
+
+    processor = Processor.from_folder(checkpoint.folder)
+    activations = Activations(items, processor, device=device, tick=tick)
+    runner = BlockRunner(checkpoint, device)
+    found: list[InputStatistics] = []
+    with BlockReader(checkpoint, blocks, device=device) as reader:
+        for stage in blocks:
+            block = reader.take(stage)
+            measured = {
+                fqn: _formats_to_measure(shapes[fqn][1])
+                for fqn, linear_format in formats.items()
+                if fqn.startswith(f"{stage}.") and linear_format in CALIBRATED_FORMATS
+            }
+            if not measured:
+                runner.run(block, activations)
+                continue
+            layer = runner.fill_layer(block)
+            candidates = PLAIN if recipe.image_weight is None else CANDIDATES
+            inputs = LayerInputs(stage, measured, candidates)
+            inputs.survey(layer, activations)
+            with inputs.rounding(layer) as announce:
+                activations.run_layer(layer, stage, announce)
+            found += [
+                _describe(inputs, fqn, formats[fqn], to, recipe.image_weight)
+                for fqn, to in measured.items()
+            ]
+    return found
+
+
+def _formats_to_measure(in_features: int) -> tuple[Format, ...]:
+    return CALIBRATED_FORMATS if in_features % BLOCK_SIZE == 0 else ("fp8",)
+
+
+def _describe(
+    inputs: LayerInputs,
+    fqn: str,
+    linear_format: Format,
+    measured: Sequence[Format],
+    image_weight: float | None,
+) -> InputStatistics:
+    chosen: dict[Format, int] = {to: inputs.choose(fqn, to, image_weight) for to in measured}
+    parts: dict[Modality, ModalityStatistics] = {}
+    for modality in MODALITIES:
+        seen = inputs.part(fqn, modality)
+        errors: dict[Format, float | None] = {
+            to: inputs.errors(fqn, to, modality)[index] if seen.energy else None
+            for to, index in chosen.items()
+        }
+        parts[modality] = ModalityStatistics(
+            num_tokens=seen.num_tokens, amax=seen.amax, errors=errors
+        )
+    return InputStatistics(
+        name=fqn,
+        format=linear_format,
+        scale_amax={to: float(inputs.scale_amax(fqn, to, image_weight)) for to in measured},
+        parts=parts,
+    )

@@ -13,6 +13,7 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CheckpointError, HardwareError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.quantize.estimate import (
+    Estimate,
     Limits,
     Rates,
     choose_limits,
@@ -225,3 +226,24 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 def test_other_amounts_of_memory_are_refused(text: str) -> None:
     with pytest.raises(HardwareError, match="required an amount such as 6GB"):
         parse_memory(text)
+
+
+def test_weighed_scales_take_a_second_run_of_the_layers(config_12b: Path) -> None:
+    source = read_source(config_12b)
+    formats = assign_formats(nvfp4(), list_linears(source.config))
+    rates = Rates(flops=1e12, hashed_bytes=1e9, text="given")
+
+    def estimate(*, weighted: bool) -> Estimate:
+        return estimate_run(
+            *(source.config, source.tensors, formats),
+            num_items=32,
+            device="cpu",
+            weighted=weighted,
+            rates=rates,
+        )
+
+    plain, weighted = estimate(weighted=False), estimate(weighted=True)
+    assert 1.5 < weighted.seconds / plain.seconds < 2
+    assert plain.minimum_bytes < weighted.minimum_bytes < 1.5 * plain.minimum_bytes
+    recipe = replace(nvfp4(), image_weight=0.5, num_calibration_items=32)
+    assert make_plan(config_12b, recipe).estimate.memory_bytes == weighted.memory_bytes

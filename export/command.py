@@ -197,6 +197,14 @@ def onnx(
     dtype: Annotated[
         Literal["bf16", "f32"] | None, typer.Option(help="Of activations; else the recipe's.")
     ] = None,
+    vision: Annotated[
+        Literal["checkpoint", "fp8"] | None,
+        typer.Option(help="fp8: the BF16 vision tower in FP8, in the graph; else the recipe's."),
+    ] = None,
+    calib: Annotated[
+        str,
+        typer.Option(metavar="SET", help="Images that an FP8 vision graph finds its scales on."),
+    ] = "default",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -206,17 +214,24 @@ def onnx(
     from nvvl.model.resolve import resolve_model
 
     require_onnx()
+    from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.export.onnx_export import export_onnx
     from nvvl.export.onnx_recipe import GraphRecipe
+    from nvvl.export.vision_fp8 import NUM_IMAGES
 
     chosen = GraphRecipe() if recipe is None else GraphRecipe.from_toml(recipe)
     chosen = chosen if dtype is None else replace(chosen, dtype=dtype)
+    chosen = chosen if vision is None else replace(chosen, vision=vision)
+    items = None
+    if chosen.vision == "fp8":
+        items = load_calibration_set(calib, num_items=NUM_IMAGES).items
     with show_progress() as progress:
         result = export_onnx(
             resolve_model(run),
             dest,
             chosen,
             overwrite=overwrite,
+            vision_items=items,
             progress=progress,
             command=["nvvl", *sys.argv[1:]],
         )

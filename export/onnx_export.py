@@ -4,6 +4,7 @@
     prefill.onnx   language.data    any number of tokens and the states before -> logits, states
     decode.onnx    (the same file)  one token and the states before -> logits, states
                                     or in parts: prefill.0.onnx, prefill.1.onnx, ...
+    vision_scales.safetensors       of an FP8 vision graph of a BF16 vision tower
     embedding.safetensors           token id -> embedding, where the graphs do not look it up
     io.json                         names, shapes, dtypes and states of the graphs
     recipe.json                     what they look like, resolved
@@ -27,6 +28,8 @@ from typing import Any
 import onnx
 
 import nvvl
+from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.errors import CheckpointError, EngineError, OutputError
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import Graph
@@ -36,6 +39,7 @@ from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_vision import build_vision_graph
 from nvvl.export.onnx_weights import CheckpointWeights, read_hashes
 from nvvl.export.parts import layer_sizes, split_layers
+from nvvl.export.vision_fp8 import NUM_IMAGES, SCALES_NAME, find_scales, use_scales
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.quantize.manifest import write_json
@@ -86,6 +90,7 @@ def export_onnx(
     recipe: GraphRecipe,
     *,
     overwrite: bool = False,
+    vision_items: Sequence[Item] | None = None,
     progress: Progress | None = None,
     command: Sequence[str] = (),
 ) -> ExportResult:
@@ -96,10 +101,13 @@ def export_onnx(
         dest: the folder to write.
         recipe: what the graphs look like.
         overwrite: whether an earlier export at ``dest`` may be replaced.
+        vision_items: whose images an FP8 vision graph finds its scales on; some of the default
+            set if None.
         progress: called after each block and layer.
         command: the command line, for the manifest.
 
     Raises:
+        CalibrationError: if an FP8 vision graph is asked for and there are no images.
         CheckpointError: if the checkpoint is not what its manifest says.
         OutputError: if ``dest`` exists, or the disk is too small.
     """
@@ -109,6 +117,11 @@ def export_onnx(
         _require_unchanged_files(run)
     with staged_folder(dest, source=run, overwrite=overwrite) as folder:
         _require_space(folder, checkpoint, recipe)
+        if recipe.vision == "fp8":
+            items = vision_items or load_calibration_set("default", num_items=NUM_IMAGES).items
+            scales = find_scales(weights, items, progress=progress)
+            use_scales(weights, scales)
+            write_safetensors(folder / SCALES_NAME, scales)
         graphs = _write_graphs(folder, weights, recipe, progress)
         if recipe.token_embedding == "sidecar":
             name = f"{EMBEDDINGS}.weight"

@@ -6,8 +6,8 @@ new token, as float32. The states of layer ``i``, in this order:
 
     past_conv.i   present_conv.i    Mamba2     (B, conv_dim, K - 1)   graph's dtype
     past_ssm.i    present_ssm.i     Mamba2     (B, H, P, N)           float32
-    past_key.i    present_key.i     attention  (B, V, S, D)           graph's dtype
-    past_value.i  present_value.i   attention  (B, V, S, D)           graph's dtype
+    past_key.i    present_key.i     attention  (B, V, S, D)           graph's dtype, or FP8
+    past_value.i  present_value.i   attention  (B, V, S, D)           graph's dtype, or FP8
 
 Either may be made as several graphs of consecutive layers: each but the first takes ``hidden_in``,
 each but the last gives ``hidden_out`` (B, T, hidden), and each has the states of its own layers.
@@ -104,7 +104,7 @@ def build_language_graph(
     for state in states:
         g.input(state.past_name, state.dtype, state.past)
     mamba = MambaMixer(config, is_decode)
-    attention = AttentionMixer(config, recipe.kv_cache, is_decode)
+    attention = AttentionMixer(config, recipe.kv_cache, recipe.kv_dtype, is_decode)
     for layer in layers:
         kind = config.layers[layer]
         fqn = f"{BACKBONE}.layers.{layer}"
@@ -186,5 +186,6 @@ def _states(config: LanguageConfig, recipe: GraphRecipe, layer: int) -> Iterator
         past, present = (
             ("batch", config.num_key_value_heads, length, config.head_dim) for length in lengths
         )
+        dtype = recipe.dtype if recipe.kv_dtype == "same" else recipe.kv_dtype
         for leaf in ("key", "value"):
-            yield StatePair(layer, leaf, recipe.dtype, past, present)
+            yield StatePair(layer, leaf, dtype, past, present)

@@ -5,7 +5,8 @@ They follow ``model/vlm.py``, ``model/vision.py`` and ``model/attention.py`` ope
 
 Keys and values are a state: either it grows by the new tokens, or it has a fixed capacity and the
 new tokens are written at the places that the input ``positions`` names. A query looks at every key
-up to its own.
+up to its own. Where the state is FP8, new keys and values are rounded before anything looks at
+them, so that prefill in one piece, in many, and decoding see the same numbers.
 
 Shapes: B batch, T new tokens, S tokens of the state, H query heads, V key-value heads, D head dim.
 """
@@ -13,12 +14,13 @@ Shapes: B batch, T new tokens, S tokens of the state, H query heads, V key-value
 from dataclasses import dataclass
 from typing import Literal
 
-from nvvl.export.onnx_graph import Graph
+from nvvl.export.onnx_graph import ONNX_DTYPES, Graph
 from nvvl.export.onnx_linear import linear
 from nvvl.export.onnx_weights import CheckpointWeights
 from nvvl.model.config import LanguageConfig
 
 KVCache = Literal["fixed", "growing"]
+KVDtype = Literal["same", "fp8"]
 
 POSITIONS = "positions"
 
@@ -57,11 +59,13 @@ class AttentionMixer:
     Attributes:
         config: The language model.
         kv_cache: How keys and values are kept.
+        kv_dtype: As what: ``fp8`` as E4M3 codes with a scale of 1.
         is_decode: Whether there is one new token.
     """
 
     config: LanguageConfig
     kv_cache: KVCache
+    kv_dtype: KVDtype
     is_decode: bool
 
     def __call__(
@@ -74,10 +78,10 @@ class AttentionMixer:
             weights: the checkpoint's tensors.
             fqn: name of the mixer.
             x: (B, T, hidden) normalized.
-            past: keys and values, each (B, V, S, D).
+            past: keys and values, each (B, V, S, D), in the dtype they are kept in.
 
         Returns:
-            The mixed (B, T, hidden), and keys and values with the new tokens.
+            The mixed (B, T, hidden), and keys and values with the new tokens, in that dtype.
         """
         cfg = self.config
         query = self._heads(g, linear(g, weights, f"{fqn}.q_proj", x), cfg.num_attention_heads, fqn)
@@ -88,7 +92,7 @@ class AttentionMixer:
             for leaf in ("k_proj", "v_proj")
         ]
         keys, values = (
-            self._append(g, f"{fqn}.{kind}", old, add)
+            self._extend(g, f"{fqn}.{kind}", old, add)
             for kind, old, add in zip(("key", "value"), past, new, strict=True)
         )
         mask = self._mask(g, past[0], x)
@@ -98,7 +102,26 @@ class AttentionMixer:
             (0, 0, cfg.num_attention_heads * cfg.head_dim),
             at=fqn,
         )
-        return linear(g, weights, f"{fqn}.o_proj", y), (keys, values)
+        kept = tuple(
+            self._keep(g, f"{fqn}.{kind}", side)
+            for kind, side in (("key", keys), ("value", values))
+        )
+        return linear(g, weights, f"{fqn}.o_proj", y), (kept[0], kept[1])
+
+    def _extend(self, g: Graph, at: str, old: str, new: str) -> str:
+        """Return old and new keys or values as what is computed with."""
+        if self.kv_dtype == "fp8":
+            one = g.constant(1.0, "graph")
+            old = g.op("DequantizeLinear", old, one, at=f"{at}.past")
+            new = g.op("DequantizeLinear", self._keep(g, f"{at}.new", new), one, at=f"{at}.new")
+        return self._append(g, at, old, new)
+
+    def _keep(self, g: Graph, at: str, side: str) -> str:
+        """Return keys or values as they are kept; those that were FP8 are it again, unchanged."""
+        if self.kv_dtype == "same":
+            return side
+        one, fp8 = g.constant(1.0, "graph"), ONNX_DTYPES["fp8"]
+        return g.op("QuantizeLinear", side, one, at=at, output_dtype=fp8)
 
     def _heads(self, g: Graph, x: str, num_heads: int, at: str) -> str:
         """(B, T, heads x D) -> (B, heads, T, D)."""

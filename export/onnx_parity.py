@@ -27,8 +27,11 @@ from nvvl.errors import EngineError, NvvlError
 from nvvl.export.checks import Check, judge
 from nvvl.export.logits_proof import default_probe_items
 from nvvl.export.onnx_export import file_faults, hash_file, read_manifest
+from nvvl.export.onnx_io import read_io
+from nvvl.export.onnx_language import BACKBONE
 from nvvl.export.onnx_session import GraphFolder, States, StepOutput
 from nvvl.export.onnx_ties import TieSettler
+from nvvl.export.vision_fp8 import quantize_vision
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import ModelState, NemotronNanoVL
@@ -113,7 +116,7 @@ def prove_graphs(
     if not files.passed:
         return [files]
     try:
-        pair = _Pair(load_any(run, dtype=torch.float32), GraphFolder(dest, expose_inputs=True))
+        pair = _Pair(_load_model(run, dest), GraphFolder(dest, expose_inputs=True))
     except NvvlError as fault:
         return [files, judge(*VISION, [str(fault)])]
     items = default_probe_items() if probe_items is None else probe_items
@@ -131,7 +134,7 @@ def prove_graphs(
         for item in items:
             _compare_text(pair, processor, item, text)
             steps.done("text")
-    ties = f"{pair.settler.num_ties} of {pair.settler.num_values} quantized inputs on an edge"
+    ties = f"{pair.settler.num_ties} of {pair.settler.num_values} quantized values on an edge"
     note = f"; {ties}" if pair.settler.num_values else ""
     return [
         files,
@@ -145,6 +148,14 @@ def prove_graphs(
             )
         ),
     ]
+
+
+def _load_model(run: Path, dest: Path) -> NemotronNanoVL:
+    """Load the checkpoint, with the vision tower that these graphs have."""
+    model = load_any(run, dtype=torch.float32)
+    if read_io(dest)["model"]["vision"] == "fp8":
+        quantize_vision(model, dest, torch.float32)
+    return model
 
 
 @dataclass
@@ -177,6 +188,11 @@ class _Pair:
             for fqn, module in self.model.named_modules()
             if isinstance(module, QuantizedLinear) and module.linear_format in ("fp8", "nvfp4")
         ]
+        if self.graphs.model["kv_dtype"] == "fp8":
+            handles += [
+                self.settler.watch_states(fqn, self.model.get_submodule(fqn))
+                for fqn in self._kv_linears().values()
+            ]
         try:
             yield
         finally:
@@ -200,8 +216,22 @@ class _Pair:
         inputs = self.graphs.token_inputs(ids, features, lambda: embeds)
         output = self.graphs.step(inputs, states, position=position)
         self.settler.inputs = dict(output.quantized_inputs)
+        end = position + ids.shape[1]
+        self.settler.new_states = {
+            fqn: output.states[name][:, :, position:end].transpose(1, 2).flatten(-2)
+            for name, fqn in self._kv_linears().items()
+        }
         reference = self.model(inputs_embeds=embeds, state=state, logits_to_keep=1)
         return output, reference.logits[:, -1], reference.state
+
+    def _kv_linears(self) -> dict[str, str]:
+        """Return the linear that gives each key or value state, by the state's name."""
+        return {
+            f"past_{kind}.{layer}": f"{BACKBONE}.layers.{layer}.mixer.{kind[0]}_proj"
+            for layer, mixer in enumerate(self.model.config.language.layers)
+            if mixer == "attention"
+            for kind in ("key", "value")
+        }
 
 
 def _compare_vision(pair: _Pair, num_tiles: int, score: _Score) -> None:

@@ -3,7 +3,9 @@
     dtype = "bf16"               # of activations: bf16 or f32
     kv_cache = "fixed"           # fixed capacity with positions, or growing
     kv_capacity = 4096           # tokens that a fixed cache holds
+    kv_dtype = "same"            # of keys and values: that of activations, or fp8
     token_embedding = "sidecar"  # looked up outside the graphs, or inside
+    vision = "checkpoint"        # as the checkpoint has it, or fp8
     num_parts = 1                # consecutive graphs that prefill and decode are made as
 
 An unknown key is an error that names the nearest known one.
@@ -30,8 +32,12 @@ class GraphRecipe:
             ``positions`` says where new ones go. ``growing``: they come back longer.
         kv_capacity: Most tokens of prompt and answer together; of a growing cache, what shape
             profiles allow.
+        kv_dtype: ``fp8`` keeps keys and values as E4M3 codes, rounded once when they are new, with
+            a scale of 1: what a server does with a checkpoint that has no scales for them.
         token_embedding: ``sidecar``: graphs take embeddings, the table lies in
             ``embedding.safetensors``. ``inside``: they take token ids and image embeddings.
+        vision: ``fp8`` quantizes the linears of vision tower and projector in the graph, where the
+            checkpoint keeps them BF16 for servers' sake (`nvvl.export.vision_fp8`).
         num_parts: Consecutive graphs that ``prefill`` and ``decode`` each become, for machines with
             too little memory to build from one; the hidden activations of each go to the next.
         max_batch: Largest batch of the shape profiles.
@@ -43,7 +49,9 @@ class GraphRecipe:
     dtype: Literal["bf16", "f32"] = "bf16"
     kv_cache: Literal["fixed", "growing"] = "fixed"
     kv_capacity: int = 4096
+    kv_dtype: Literal["same", "fp8"] = "same"
     token_embedding: Literal["sidecar", "inside"] = "sidecar"
+    vision: Literal["checkpoint", "fp8"] = "checkpoint"
     num_parts: int = 1
     max_batch: int = 4
     max_tiles: int = 13

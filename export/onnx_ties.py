@@ -33,12 +33,15 @@ class TieSettler:
 
     Attributes:
         inputs: Of the graph's present run, by module name.
+        new_states: Keys and values that it added to an FP8 cache, (B, T, heads x D), by the name of
+            the linear that gives them.
         faults: Inputs that are no rounding of the torch model's.
         num_values: Inputs compared.
         num_ties: Inputs that lay on a step's edge.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    new_states: dict[str, Tensor] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     num_values: int = 0
     num_ties: int = 0
@@ -49,7 +52,19 @@ class TieSettler:
         def settle(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             settled = self.settle(fqn, args[0], linear.linear_format, linear.input_scale)
             assert linear.dense_weight is not None  # it has just been multiplied
-            return output if settled is None else F.linear(settled, linear.dense_weight)
+            return (
+                output if settled is None else F.linear(settled, linear.dense_weight, linear.bias)
+            )
+
+        return linear.register_forward_hook(settle)
+
+    def watch_states(self, fqn: str, linear: nn.Module) -> RemovableHandle:
+        """Have what a key or value projection gives rounded as an FP8 cache keeps it."""
+        one = torch.ones(())
+
+        def settle(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            settled = self._settle(fqn, output, self.new_states.get(fqn), "fp8", one)
+            return fp8.fake_quantize(output, one) if settled is None else settled
 
         return linear.register_forward_hook(settle)
 
@@ -62,9 +77,13 @@ class TieSettler:
             linear_format: ``fp8`` or ``nvfp4``.
             scale: its ``input_scale``.
         """
-        theirs = self.inputs.get(fqn)
+        return self._settle(fqn, x, self.inputs.get(fqn), linear_format, scale)
+
+    def _settle(
+        self, fqn: str, x: Tensor, theirs: Tensor | None, linear_format: str, scale: Tensor
+    ) -> Tensor | None:
         if theirs is None or theirs.shape != x.shape:
-            self.faults.append(f"{fqn}: the graph does not quantize this input")
+            self.faults.append(f"{fqn}: the graph does not quantize this")
             return None
         ours = (fp8 if linear_format == "fp8" else nvfp4).fake_quantize(x, scale)
         differs = ours != theirs
@@ -75,7 +94,7 @@ class TieSettler:
         is_rounding = _fp8_rounding if linear_format == "fp8" else _nvfp4_rounding
         wrong = differs & ~is_rounding(x, theirs, move, scale)
         if wrong.any():
-            self.faults.append(f"{fqn}: {int(wrong.sum())} of {x.numel()} quantized inputs differ")
+            self.faults.append(f"{fqn}: {int(wrong.sum())} of {x.numel()} quantized values differ")
             return None
         self.num_ties += int(differs.sum())
         return theirs

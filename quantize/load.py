@@ -67,7 +67,7 @@ def load_any(
         for fqn, linear_format in formats.items():
             if linear_format != "bf16":
                 bias = model.get_submodule(fqn).bias is not None
-                _replace(model, fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
+                replace_module(model, fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
     materialize(model, "", checkpoint, dtype=dtype, device=device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -105,6 +105,12 @@ def fake_quant_model(
     insert_quantizers(model, quantized, algorithm=None)
     set_amaxes(model, amaxes)
     return model
+
+
+def replace_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    """Put another module in the place of the one of this name."""
+    parent, _, leaf = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def read_recipe_formats(path: Path, linears: Mapping[str, object]) -> dict[str, Format]:
@@ -167,8 +173,3 @@ def _prepare(
         raise CheckpointError(
             f"{checkpoint.folder}: {name}.weight: holds NaN; quantize the source again"
         )
-
-
-def _replace(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    parent, _, leaf = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -7,6 +7,7 @@ orders (errors near 2e-6 were seen); a wrong term shows at 1e-2 and above, as th
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvvl.calib_data.items import Item
+from nvvl.errors import CalibrationError
 from nvvl.export import onnx_parity
 from nvvl.export.checks import Check
 from nvvl.export.onnx_export import export_onnx, hash_file
@@ -63,7 +65,13 @@ def test_graphs_of_every_format_pass(
 
 @pytest.mark.parametrize(
     "values",
-    [{"kv_cache": "growing"}, {"token_embedding": "inside"}, {"dtype": "f32"}],
+    [
+        {"kv_cache": "growing"},
+        {"token_embedding": "inside"},
+        {"dtype": "f32"},
+        {"kv_dtype": "fp8"},
+        {"kv_dtype": "fp8", "kv_cache": "growing", "dtype": "f32"},
+    ],
     ids=lambda values: "-".join(values.values()),
 )
 def test_graphs_of_every_recipe_pass(
@@ -94,6 +102,54 @@ def test_graphs_of_every_geometry_pass(
     assert passed(prove_graphs(run, tmp_path / "graphs", probe_items=[]))
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "nvfp4"])
+def test_vision_in_fp8_passes(
+    written: Folders, source: Path, probes: list[Item], tmp_path: Path, scheme: str
+) -> None:
+    run, dest = source if scheme == "bf16" else written(scheme), tmp_path / "graphs"
+    recipe = replace(SMALL, vision="fp8")
+    result = export_onnx(run, dest, recipe, vision_items=probes)
+    assert result.formats["fp8"] == 4 * load_any(run).config.vision.num_layers + 2
+    assert passed(prove_graphs(run, dest, probe_items=probes))
+    codes = [
+        tensor.data_type
+        for tensor in onnx.load(dest / "vision.onnx", load_external_data=False).graph.initializer
+        if tensor.name.endswith("blocks.0.attn.qkv.weight")
+    ]
+    assert codes == [onnx.TensorProto.FLOAT8E4M3FN]
+
+
+def test_vision_in_fp8_is_not_the_checkpoints_own(
+    source: Path, probes: list[Item], tmp_path: Path
+) -> None:
+    dest = tmp_path / "graphs"
+    export_onnx(source, dest, replace(SMALL, vision="fp8"), vision_items=probes)
+    edit_json(dest / "io.json", lambda io: io["model"].update(vision="checkpoint"))
+    checks = {check.rule: check for check in prove_graphs(source, dest, probe_items=probes)}
+    assert not checks["O2"].passed
+    assert "image_embeds differs" in checks["O2"].detail
+
+
+def test_vision_in_fp8_needs_images(source: Path, tmp_path: Path) -> None:
+    text = Item("text", (Message("user", "hello"), Message("assistant", "world")))
+    with pytest.raises(CalibrationError, match="1 without any; give --calib a set with images"):
+        export_onnx(source, tmp_path / "g", replace(SMALL, vision="fp8"), vision_items=[text])
+    assert not (tmp_path / "g").exists()
+
+
+def test_cache_that_is_not_fp8_is_named(
+    written: Folders, probes: list[Item], tmp_path: Path
+) -> None:
+    export_onnx(written("fp8"), tmp_path / "graphs", SMALL)
+    edit_json(tmp_path / "graphs" / "io.json", lambda io: io["model"].update(kv_dtype="fp8"))
+    checks = {
+        check.rule: check
+        for check in prove_graphs(written("fp8"), tmp_path / "graphs", probe_items=probes)
+    }
+    assert not checks["O3"].passed
+    assert "k_proj" in checks["O3"].detail
+
+
 def test_verify_takes_the_graphs_in(
     written: Folders, source: Path, probes: list[Item], tmp_path: Path
 ) -> None:
@@ -102,6 +158,16 @@ def test_verify_takes_the_graphs_in(
     report = verify(run, source, probe_items=probes, graphs=tmp_path / "graphs")
     assert report.passed
     assert [check.rule for check in report.checks[-5:]] == RULES
+
+
+def edit_json(path: Path, edit: Callable[[Any], object]) -> None:
+    """Change a JSON file of a folder of graphs, and the hash that the manifest has of it."""
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"][path.name] = hash_file(path)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def change(dest: Path, graph: str, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -268,7 +334,7 @@ def test_code_that_is_not_a_tie_is_a_fault(linear_format: str) -> None:
     result, settler = settle(linear_format, x, theirs)
     assert result is None
     assert settler.faults[0].startswith("linear: ")
-    assert settler.faults[0].endswith("of 32 quantized inputs differ")
+    assert settler.faults[0].endswith("of 32 quantized values differ")
 
 
 def test_value_that_is_no_code_is_a_fault() -> None:
@@ -280,7 +346,7 @@ def test_value_that_is_no_code_is_a_fault() -> None:
 def test_graph_that_does_not_quantize_an_input_is_a_fault(tmp_path: Path) -> None:
     settler = TieSettler({})
     assert settler.settle("linear", torch.ones(1, 16), "fp8", torch.tensor(1.0)) is None
-    assert settler.faults == ["linear: the graph does not quantize this input"]
+    assert settler.faults == ["linear: the graph does not quantize this"]
 
 
 def test_folder_copied_elsewhere_still_passes(

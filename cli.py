@@ -21,6 +21,7 @@ from nvvl.export.serve_command import serve
 from nvvl.options import ModelArgument
 from nvvl.quantize.command import quantize, show_statistics
 from nvvl.reports.command import build_calibration_set, demo, evaluate, report, sweep
+from nvvl.reports.harness_command import lm_eval
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report of a process ended by Ctrl-C
@@ -68,6 +69,9 @@ export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
 export_app.command(epilog="Example: nvvl export engine OUT engines --target sm120")(engine)
 export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
+app.command("lm-eval", epilog="Example: nvvl lm-eval embedded OUT --task nvvl_next_words -o runs")(
+    lm_eval
+)
 app.command(epilog="Example: nvvl sweep evs embedded OUT -o sweep")(sweep)
 app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
 calib_app.command("build", epilog="Example: nvvl calib build my-set.toml my-set")(

@@ -65,7 +65,7 @@ def evaluate(
 
     runs = [
         Candidate(folder=path, out=out / name, label=name, pruning_rate=evs)
-        for path, name in _name_models(models, label).items()
+        for path, name in name_models(models, label).items()
     ]
     options = Options(
         num_items=items,
@@ -130,7 +130,7 @@ def sweep(
     from nvvl.reports.sweep import run_sweep
     from nvvl.reports.sweep_text import depth_table, sweep_table
 
-    candidates = {name: path for path, name in _name_models(models, label).items()}
+    candidates = {name: path for path, name in name_models(models, label).items()}
     source = None if teacher is None else resolve_model(teacher)
     suites = find_suites(suite) if suite else None
     device_name = choose_device(device)
@@ -230,7 +230,7 @@ def demo(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-def _name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Path, str]:
+def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Path, str]:
     """Return folder and label of each model; the label also names the folder of its run."""
     folders = [resolve_model(model).resolve() for model in models]
     names = [folder.name for folder in folders] if labels is None else list(labels)

@@ -23,6 +23,7 @@ VERBS = [
     ["export", "engine"],
     ["export", "serve"],
     ["evaluate"],
+    ["lm-eval"],
     ["report"],
     ["calib", "build"],
     ["calib", "show"],
@@ -360,3 +361,22 @@ def test_unreadable_image_is_named(source: Path, tmp_path: Path) -> None:
     image = tmp_path / "page.png"
     image.write_bytes(b"no image")
     assert_user_error(run("chat", source, "What?", "--image", image), "page.png")
+
+
+def test_lm_eval_prints_standard_errors_of_each_model(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    arguments = ["lm-eval", source, "--task", "nvvl_copy,nvvl_prose", "--limit", 4, "-o", out]
+    done = run(*arguments, "--label", "one")
+    assert done.exit_code == 0, done.output
+    assert "exact_match (stripped)" in done.stdout
+    assert "0.0000 ± 0.0000" in done.stdout
+    assert "first 4 items" in done.stdout
+    (values,) = json.loads(run(*arguments, "--label", "one", "--json").stdout)
+    assert [result["task"] for result in values["results"]] == ["nvvl_copy", "nvvl_prose"]
+
+
+@pytest.mark.slow  # the harness looks through its 14,000 tasks
+def test_lm_eval_names_tasks_near_a_mistyped_one(source: Path, tmp_path: Path) -> None:
+    done = run("lm-eval", source, "--task", "arc_esay", "-o", tmp_path)
+    assert done.exit_code == 2
+    assert "no task named arc_esay; near it: arc_easy" in done.stderr

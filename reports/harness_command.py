@@ -1,0 +1,81 @@
+"""The verb ``nvvl lm-eval``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvvl.options import DeviceOption, JsonOption, OverwriteOption, choose_device
+from nvvl.reports.command import BatchOption, LabelOption, name_models
+
+
+def lm_eval(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="BF16 or quantized checkpoints.")
+    ],
+    *,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="Task, group or tag of the harness, or several with commas; may be given several "
+            "times. Without a Hub: nvvl_copy, nvvl_next_words, nvvl_prose."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; each model gets one in it.")],
+    label: LabelOption = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="First items of each task; else all.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; else what the task says.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
+    ] = False,
+    tasks_folder: Annotated[
+        Path | None, typer.Option("--tasks", help="Folder with task files of your own.")
+    ] = None,
+    max_length: Annotated[
+        int,
+        typer.Option(min=2, help="Most tokens of a request; a longer one loses its beginning."),
+    ] = 4096,
+    batch: BatchOption = 32,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (text alone); goes on where it stopped."""
+    from nvvl.console import print_json, print_table, show_progress
+    from nvvl.reports.harness import HarnessOptions, require_lm_eval, run_tasks
+    from nvvl.reports.harness_text import harness_table
+
+    require_lm_eval()
+    tasks = [name.strip() for names in task for name in names.split(",") if name.strip()]
+    options = HarnessOptions(
+        limit=limit,
+        num_fewshot=fewshot,
+        chat=chat,
+        batch_size=batch,
+        max_length=max_length,
+        device=choose_device(device),
+    )
+    with show_progress() as progress:
+        runs = [
+            run_tasks(
+                folder,
+                out / name,
+                tasks,
+                options,
+                label=name,
+                tasks_folder=tasks_folder,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            for folder, name in name_models(models, label).items()
+        ]
+    if as_json:
+        print_json([asdict(run) | {"out": str(run.out), "model": str(run.model)} for run in runs])
+        return
+    print_table(harness_table(runs))
+    print(*(run.out for run in runs), sep="\n")

@@ -26,7 +26,7 @@ from nvvl.errors import EngineError, OutputError
 from nvvl.export.engine_graphs import GraphSet, open_graphs
 from nvvl.export.engine_memory import available_memory, require_build_memory
 from nvvl.export.engine_process import BuiltEngine, run_build
-from nvvl.export.engine_targets import Builder, require_targets
+from nvvl.export.engine_targets import Builder, require_cache, require_targets
 from nvvl.export.engine_worker import BuildRequest, ShapeRange
 from nvvl.export.onnx_export import hash_file
 from nvvl.export.onnx_io import IO_NAME
@@ -142,6 +142,7 @@ def build_into(
     """Build into an empty folder that will take the name ``dest``; otherwise as `build_engines`."""
     graphs = open_graphs(graphs_folder)
     require_targets(options.builder, options.targets, graphs.precisions)
+    require_cache(options.builder, graphs.io["model"]["kv_cache"], graphs.io["model"]["kv_dtype"])
     spans = choose_spans(graphs, options.spans)
     profiles = {name: make_shape_profile(info, spans) for name, info in graphs.infos.items()}
     for name, info in graphs.infos.items():

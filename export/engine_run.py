@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvvl.export.engine import EngineOptions, EngineResult, Progress, build_into
-from nvvl.export.engine_targets import Precision, require_targets
+from nvvl.export.engine_targets import Precision, require_cache, require_targets
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.parts import largest_part, layer_sizes
@@ -45,6 +45,7 @@ def build_from_checkpoint(
     """
     view = open_view(run)
     require_targets(options.builder, options.targets, find_precisions(view, recipe))
+    require_cache(options.builder, recipe.kv_cache, recipe.kv_dtype)
     layers = layer_sizes(graph_bytes(view, recipe))
     options.require_memory("prefill", largest_part(layers, recipe.num_parts), layers)
     with staged_folder(dest, source=run, overwrite=overwrite) as folder:
@@ -58,6 +59,8 @@ def find_precisions(view: CheckpointView, recipe: GraphRecipe) -> frozenset[Prec
     """Return what the hardware must have for a checkpoint's graphs."""
     graph: Precision = "bf16" if recipe.dtype == "bf16" else "fp32"
     stored: list[Precision] = [view.stored(fqn) for fqn in view.linears]
+    if "fp8" in (recipe.kv_dtype, recipe.vision):
+        stored.append("fp8")
     # a BF16 weight has the graph's dtype; norms and states are float32 in any
     return frozenset({"fp32", graph, *(kind for kind in stored if kind != "bf16")})
 

@@ -120,6 +120,22 @@ def require_targets(
                 )
 
 
+def require_cache(builder: Builder, kv_cache: str, kv_dtype: str) -> None:
+    """Refuse a cache that is known to crash the builder.
+
+    TensorRT-RTX 1.7's compiler, building for sm120, ends with a segmentation fault on the decode
+    graph of a cache of fixed capacity in FP8; prefill, and both graphs of a growing one, it builds.
+
+    Raises:
+        EngineError: naming the way out.
+    """
+    if builder is TENSORRT_RTX and (kv_cache, kv_dtype) == ("fixed", "fp8"):
+        raise EngineError(
+            f"{builder.name} crashes on an FP8 cache of fixed capacity; export graphs with "
+            'kv_cache = "growing" in --recipe, or with kv_dtype = "same"'
+        )
+
+
 def choose_builder(name: str, targets: Sequence[str]) -> tuple[Builder, tuple[str, ...]]:
     """Return a builder that is installed, and what it is to build for.
 

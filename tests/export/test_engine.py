@@ -145,6 +145,37 @@ def test_impossible_precision_is_refused_before_graphs_are_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cache_that_crashes_the_builder_is_refused(
+    written: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, kv_dtype="fp8")
+    export_onnx(written("nvfp4"), tmp_path / "graphs", recipe)
+    monkeypatch.setattr("nvvl.export.engine_run.export_onnx", None)
+    with pytest.raises(EngineError, match='kv_cache = "growing"'):
+        build_from_checkpoint(written("nvfp4"), tmp_path / "engines", recipe, BLACKWELL)
+    with pytest.raises(EngineError, match='kv_cache = "growing"'):
+        build_engines(tmp_path / "graphs", tmp_path / "engines", BLACKWELL)
+    assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
+
+
+def test_growing_cache_and_vision_in_fp8_are_built(written: Folders, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, kv_dtype="fp8", kv_cache="growing", vision="fp8")
+    result = build_from_checkpoint(written("nvfp4"), tmp_path / "engines", recipe, BLACKWELL)
+    assert result.engines.keys() == {"vision", "prefill", "decode"}
+    ports = read(tmp_path / "engines", "io.json")["graphs"]["decode"]["inputs"]
+    assert {p["dtype"] for p in ports if p["name"].startswith("past_key")} == {"fp8"}
+
+
+def test_fp8_of_the_graphs_alone_needs_hardware_that_has_it(source: Path, tmp_path: Path) -> None:
+    options = replace(BLACKWELL, targets=("sm86",))
+    for recipe in (
+        replace(RECIPE, kv_dtype="fp8", kv_cache="growing"),
+        replace(RECIPE, vision="fp8"),
+    ):
+        with pytest.raises(EngineError, match="--target sm86: it has no fp8"):
+            build_from_checkpoint(source, tmp_path / "engines", recipe, options)
+
+
 def test_too_little_memory_is_refused_and_parts_are_proposed(
     written: Folders, tmp_path: Path
 ) -> None:

@@ -25,14 +25,12 @@ from nvvl.model.generate import generate
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message, render_prompt
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.reports.generation_settings import GenerationSettings, longest_of
 from nvvl.reports.harness_journal import ResponseJournal
 from nvvl.reports.question import collate_ids
 
 # (kind of request, answered so far, all)
 ProgressCallback = Callable[[str, int, int], None]
-
-DEFAULT_NEW_TOKENS = 256
-"""Longest answer where a task sets none; the harness's own default."""
 
 _HEAD_ROWS = 512  # tokens whose logits are held at once: (512, V) float32
 
@@ -106,7 +104,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         """Return a greedy answer to each context, cut before the first stop string.
 
         Raises:
-            DataError: if a task asks for sampling, or has settings of another kind.
+            DataError: if a task asks for sampling, or for answers longer than a request.
         """
         every: list[tuple[Any, ...]] = [request.args for request in requests]
         prompts = [(self._encode(context), settings) for context, settings in every]
@@ -225,8 +223,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         return [sum(nats[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
     def _write(self, batch: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
-        settings = [_read_settings(values) for _, values in batch]
-        longest = max(num_tokens for _, num_tokens in settings)
+        settings = [GenerationSettings.read(values) for _, values in batch]
+        longest = longest_of(settings)
         room = self.max_length - longest
         if room < 1:
             raise DataError(
@@ -242,27 +240,9 @@ class HarnessModel(LM):  # type: ignore[misc]
             max_new_tokens=longest,
         )
         return [
-            _cut(self.processor.decode(ids[:num_tokens]), stops)
-            for ids, (stops, num_tokens) in zip(answers, settings, strict=True)
+            each.cut(self.processor.decode(ids[: each.max_new_tokens]))
+            for ids, each in zip(answers, settings, strict=True)
         ]
-
-
-def _read_settings(values: dict[str, Any]) -> tuple[list[str], int]:
-    """Return stop strings and longest answer of a task's ``generation_kwargs``."""
-    if values.get("do_sample") and values.get("temperature", 1.0) > 0:
-        raise DataError(
-            "lm-eval: the task samples its answers (do_sample); nvvl measures greedy answers, "
-            "which can be repeated: choose another task"
-        )
-    stops = values.get("until") or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    longest = values.get("max_gen_toks", values.get("max_new_tokens", DEFAULT_NEW_TOKENS))
-    return [stop for stop in stops if stop], int(longest)
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """Cut before the first of the stop strings."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def _num_ids(scored: _Scored) -> int:

@@ -39,11 +39,16 @@ def resolve_model(model: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # of its HTTP library: a connection broke
+        XetDownloadError,
+    )
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError, EntryNotFoundError, XetDownloadError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{hub_id}: no such folder, and the Hub did not give a model of that name ({reason}); "

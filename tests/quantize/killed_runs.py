@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,11 @@ def main() -> None:
     points = random.Random(seed).sample(range(1, num_events - 2), num_points)
     points += range(num_events - 2, num_events + 1)
     for point in points:
-        status = in_fork(lambda point=point: run_until(f"at{point}", point))
+        status = in_fork(partial(run_until, f"at{point}", point))
         assert os.WIFSIGNALED(status), f"event {point} was not reached"
         assert os.WTERMSIG(status) == signal.SIGKILL
         if not (folder / f"at{point}").exists():  # else it was killed while it dropped the journal
-            assert in_fork(lambda point=point: run(f"at{point}")) == 0, f"event {point}: no resume"
+            assert in_fork(partial(run, f"at{point}")) == 0, f"event {point}: no resume"
     print(json.dumps({"num_events": num_events, "points": points}))
 
 

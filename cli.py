@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from nvvl.calib_data.command import show
 from nvvl.distill.command import distill, precompute
-from nvvl.errors import NvvlError
+from nvvl.errors import NvvlError, ReportedError
 from nvvl.export.command import chat, onnx, plan, verify
 from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
@@ -36,6 +36,8 @@ class _Verbs(TyperGroup):
 
         try:
             return super().invoke(ctx)
+        except ReportedError:  # one line for all processes of a run
+            raise typer.Exit(EXIT_USER_ERROR) from None
         except NvvlError as error:
             print_error(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from None

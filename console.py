@@ -66,8 +66,12 @@ def show_progress() -> Iterator[ProgressCallback]:
 
 
 @contextmanager
-def defer_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait: what is yielded then says True; a second one ends at once."""
+def defer_interrupt(*, quiet: bool = False) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait: what is yielded then says True; a second one ends at once.
+
+    Args:
+        quiet: Do not say so, on a process that is not the one that reports.
+    """
     asked = False
 
     def ask(*_: object) -> None:
@@ -75,7 +79,8 @@ def defer_interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        print("finishing this block; Ctrl-C again stops at once", file=sys.stderr)
+        if not quiet:
+            print("finishing this block; Ctrl-C again stops at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -11,9 +11,10 @@
       HardwareError      a device, memory or compiler that the request needs and the machine lacks
       TrainingError      a distillation that gave NaN, or diverged
       EngineError        an ONNX graph or TensorRT engine that cannot be built or run
+      ReportedError      an error that another process of the same run reports
 
-The command line prints the message and exits with 2. Every other exception is a bug of nvvl's own
-and keeps its traceback.
+The command line prints the message, but for that of a `ReportedError`, and exits with 2. Every
+other exception is a bug of nvvl's own and keeps its traceback.
 """
 
 
@@ -59,3 +60,7 @@ class TrainingError(NvvlError):
 
 class EngineError(NvvlError):
     """An ONNX graph or TensorRT engine cannot be built or run."""
+
+
+class ReportedError(NvvlError):
+    """This process ends because of an error that the main process of the run reports."""

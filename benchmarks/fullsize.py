@@ -124,13 +124,14 @@ def child(preset: str, source: Path, work: Path, items: Path) -> None:
     import torch
 
     from nvvl.calib_data.manifest import load_calibration_set
+    from nvvl.quantize.output import Output
     from nvvl.quantize.presets import load_recipe
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
-    from nvvl.quantize.walk import Walk, quantize_checkpoint
+    from nvvl.quantize.walk import quantize_checkpoint
 
     clock = Clock(work / f"phases-{preset}.json")
     # the walk's own work on a finished block, whichever thread does it
-    Walk._finish = clock.timed(Walk._finish)  # type: ignore[method-assign]
+    Output.finish_block = clock.timed(Output.finish_block)  # type: ignore[method-assign]
     recipe = replace(load_recipe(preset), num_calibration_items=NUM_ITEMS)  # type: ignore[arg-type]
     calibrated = preset in CALIBRATED_FORMATS
     chosen = load_calibration_set(items, num_items=NUM_ITEMS) if calibrated else None

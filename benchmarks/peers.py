@@ -183,9 +183,9 @@ def main() -> None:
             ratios["input_amax_apart"] = compare_amaxes(*amaxes)
         report["rows"] += [row for pair in pairs for row in pair]
         report["peer_over_nvvl"][f"{peer}, {preset}"] = ratios
-        print(json.dumps({f"{peer}, {preset}": ratios}), file=sys.stderr, flush=True)
-    report["load_after"] = os.getloadavg()[0]
-    (work / "peers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report["load_after"] = os.getloadavg()[0]
+        # after each, because the next one may take an hour
+        (work / "peers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 
 

@@ -35,11 +35,11 @@ from torch import Tensor
 
 from nvvl.distill.losses import Rows, chunked_loss
 from nvvl.distill.optimize import Optimizer
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.student import Student
 from nvvl.model.config import LanguageConfig
 from nvvl.model.packing import Packing
+from nvvl.model.processes import Processes
 from nvvl.model.vlm import LanguageModel, NemotronNanoVL
 from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import Format

@@ -29,7 +29,6 @@ from nvvl.distill.block import BlockStudent, relative_error
 from nvvl.distill.data import DistillData, pack_lengths
 from nvvl.distill.embed import embed_items
 from nvvl.distill.optimize import INPUT_AMAX
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import run_identity
 from nvvl.distill.train import Execution, Progress
@@ -39,6 +38,7 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.load import materialize
 from nvvl.model.packing import Packing
+from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
 from nvvl.model.vlm import LanguageModel

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.sharding import to_slice, to_whole
 from nvvl.distill.student import LOG_AMAX, Student
+from nvvl.model.processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 INPUT_AMAX = "input_amax."

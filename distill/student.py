@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.distill.backbone import PREFIX, Backbone, FakeQuantLinear, make_backbone
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.sharding import shard_layers, slice_of
+from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8, kernels, nvfp4
 from nvvl.quantize.pack import Amax, input_scale, share_qkv

@@ -32,7 +32,6 @@ from nvvl.distill.data import DistillData, ItemBatch
 from nvvl.distill.logits import StoredLogits, logits_identity, require_logits_suffice
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.prepare import Prepared, Preparer
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import LOG_NAME, Standing, StateFolder
 from nvvl.distill.student import Student
@@ -41,6 +40,7 @@ from nvvl.distill.tensorboard import open_tensorboard
 from nvvl.distill.write import write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError
 from nvvl.model.load import load_model
+from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats

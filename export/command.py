@@ -51,7 +51,7 @@ def plan(
     from nvvl.quantize.plan_text import plan_lines, plan_table
 
     chosen = choose_recipe(preset, recipe, samples)
-    planned = make_plan(resolve_model(model), chosen, device=device)
+    planned = make_plan(resolve_model(model, weights=False), chosen, device=device)
     limits = None
     if memory is not None:
         limits = choose_limits(planned.estimate, parse_memory(memory))

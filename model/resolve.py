@@ -7,15 +7,17 @@ import nvvl.model
 from nvvl.errors import ConfigError
 
 # Data and text only: weights as pickles and Python code are never fetched.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+_HUB_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]
+_HUB_WEIGHTS = ["*.safetensors"]
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, weights: bool = True) -> Path:
     """Find the folder that a MODEL argument means.
 
     Args:
         model: ``embedded`` for the model shipped with the package, a folder, or a Hub id
             ``organization/name``, which is downloaded into the Hub's own cache.
+        weights: Whether those of a Hub id are needed; without, only its small files are fetched.
 
     Raises:
         ConfigError: if it is none of these, or the Hub cannot be reached.
@@ -34,20 +36,20 @@ def resolve_model(model: str) -> Path:
         raise ConfigError(
             f"{model}: required 'embedded', an existing folder or a Hub id organization/name"
         )
-    return _download(model)
+    return _download(model, _HUB_TEXTS + _HUB_WEIGHTS * weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
         HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # of its HTTP library: a connection broke
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # a connection broke
         XetDownloadError,
     )
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except (OSError, HTTPError, HFValidationError, EntryNotFoundError, XetDownloadError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -12,6 +12,7 @@ lists leave ``mlp1`` on and its globs miss this family's MLPs. Quantizers call n
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,9 @@ def quantizer_config(formats: Mapping[str, Format], *, algorithm: str | None) ->
         entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": attributes})
         if linear_format in CALIBRATED_FORMATS:
             entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": attributes})
-    return {"quant_cfg": entries, "algorithm": algorithm}
+    # between processes, nvvl joins the amax itself, where an error on one of them is known to all
+    how = None if algorithm is None else {"method": algorithm, "distributed_sync": False}
+    return {"quant_cfg": entries, "algorithm": how}
 
 
 def insert_quantizers(
@@ -74,7 +77,9 @@ def insert_quantizers(
     register()
     config = quantizer_config(formats, algorithm=algorithm)
     # ModelOpt prints a line a call, and results of ours go to stdout
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), warnings.catch_warnings():
+        # of each linear, in one of several processes; see `quantizer_config`
+        warnings.filterwarnings("ignore", "Distributed training is initialized but no parallel")
         mtq.quantize(module, config, forward_loop)
 
 

@@ -1,6 +1,7 @@
 """The verbs ``nvvl quantize``, also ``nvvl-quantize``, and ``nvvl calib stats``."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,43 +59,50 @@ def quantize(
     """Write a quantized checkpoint in the layout that servers load.
 
     A run that was killed or interrupted goes on where it stopped, when the same command is given
-    again.
+    again. Started by torchrun, several processes share the calibration items.
     """
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import defer_interrupt, print_json, show_progress
     from nvvl.model.load import resolve_model
+    from nvvl.model.processes import Processes
     from nvvl.quantize.estimate import choose_limits, default_limits, parse_memory
     from nvvl.quantize.plan import make_plan
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint
 
-    chosen = choose_recipe(preset, recipe, samples)
-    source = resolve_model(model)
-    limits = default_limits()
-    if memory is not None:
-        planned = make_plan(source, chosen, calibrate=from_calibration is None)
-        limits = choose_limits(planned.estimate, parse_memory(memory))
-    items = None
-    if from_calibration is not None and (calib != "default" or samples is not None):
-        raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
-    needs_items = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
-    if needs_items and from_calibration is None:
-        num_items = chosen.num_calibration_items
-        items = load_calibration_set(calib, num_items=num_items, seed=seed)
-    with show_progress() as progress, defer_interrupt() as stop:
+    processes = Processes(choose_device(device))
+    with processes.agreed():
+        chosen = choose_recipe(preset, recipe, samples)
+        source = resolve_model(model)
+        limits = default_limits()
+        if memory is not None:
+            planned = make_plan(source, chosen, calibrate=from_calibration is None)
+            limits = choose_limits(planned.estimate, parse_memory(memory))
+        items = None
+        if from_calibration is not None and (calib != "default" or samples is not None):
+            raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
+        needs_items = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
+        if needs_items and from_calibration is None:
+            num_items = chosen.num_calibration_items
+            items = load_calibration_set(calib, num_items=num_items, seed=seed)
+    shown = show_progress() if processes.is_main else nullcontext(None)
+    with shown as progress, defer_interrupt(quiet=not processes.is_main) as stop:
         manifest = quantize_checkpoint(
             source,
             out,
             chosen,
             items,
-            device=choose_device(device),
+            device=processes.device,
             overwrite=overwrite,
             progress=progress,
             stop=stop,
             command=["nvvl", *sys.argv[1:]],
             from_calibration=from_calibration,
             limits=limits,
+            processes=processes,
         )
+    if not processes.is_main:
+        return
     if as_json:
         print_json({"out": str(out), **manifest.to_dict()})
     else:

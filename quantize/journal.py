@@ -4,10 +4,11 @@
 finished block: hashes read and written, amax, and where the activations after it lie. A line is
 flushed to the disk before the next block begins. A torn last line is a block that is done again.
 
-To go on, a run needs what the calibration items are after the last finished block. They are spilled
-to one file during every block where the disk has room for it beside the whole output. A spill that
-is missing or has another hash costs time and nothing else: the finished blocks are then run again
-over the items, without calibrating or packing.
+To go on, a run needs what the calibration items are after the last finished block. Each process
+spills its own to one file during every block where the disk has room for it beside the whole
+output (``nvvl.quantize.spill``). A spill that is missing, has another hash or is of another number
+of processes costs time and nothing else: the finished blocks are then run again over the items,
+without calibrating or packing.
 
 A run that was made from something else is refused with what differs.
 """
@@ -31,10 +32,8 @@ from nvvl.quantize.manifest import TensorRecord, library_versions
 from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import copied_files
-from nvvl.quantize.spill import Spill, open_spill
 from nvvl.quantize.staging import Stage
 
-_SPILLS = "activations-*.safetensors"
 _MAX_NAMED = 4
 
 
@@ -48,7 +47,7 @@ class BlockRecord:
         written: What was written.
         amaxes: Of its quantized linears.
         items: (id, SHA-256) of the calibration items; only in the block that drew them.
-        spill: SHA-256 of the activations after it; empty if they were not spilled.
+        spills: SHA-256 of the activations after it, by process; empty if they were not spilled.
     """
 
     block: str
@@ -56,7 +55,7 @@ class BlockRecord:
     written: Mapping[str, TensorRecord]
     amaxes: Mapping[str, Amax]
     items: Sequence[tuple[str, str]] = ()
-    spill: str = ""
+    spills: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; a float32 amax survives them exactly."""
@@ -69,7 +68,7 @@ class BlockRecord:
                 for fqn, a in self.amaxes.items()
             },
             "items": [list(item) for item in self.items],
-            "spill": self.spill,
+            "spills": list(self.spills),
         }
 
     @classmethod
@@ -87,12 +86,12 @@ class BlockRecord:
                 for fqn, (weight, seen) in values["amaxes"].items()
             },
             items=[(item_id, sha256) for item_id, sha256 in values["items"]],
-            spill=values["spill"],
+            spills=values["spills"],
         )
 
 
 class Journal:
-    """The finished blocks of one stage, and the activations after the last spilled one.
+    """The finished blocks of one stage.
 
     Attributes:
         blocks: In the order they were finished.
@@ -124,7 +123,7 @@ class Journal:
                 f"{stage.root}: holds files but no {stage.journal.name}, so nvvl did not write "
                 "it; move it away, or choose another OUT"
             )
-        found, self.blocks, end = _read(stage.journal)
+        found, self.blocks, end = read_journal(stage.journal)
         differences = [] if not self.blocks else _compare(found, identity, self.blocks, items)
         if differences and not overwrite:
             raise OutputError(
@@ -147,11 +146,6 @@ class Journal:
         self._file.close()
 
     @property
-    def folder(self) -> Path:
-        """Where the activations are spilled."""
-        return self._stage.root
-
-    @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every tensor that finished blocks wrote, by name."""
         return {name: r.sha256 for block in self.blocks for name, r in block.written.items()}
@@ -160,31 +154,6 @@ class Journal:
         """Record a finished block, on the disk when this returns."""
         self._append(record.to_dict())
         self.blocks.append(record)
-        if record.spill:
-            self.drop_spills(before=len(self.blocks))
-
-    def spill_path(self, count: int) -> Path:
-        """Return where the activations after ``count`` blocks are spilled."""
-        return self._stage.root / _SPILLS.replace("*", f"{count:05}")
-
-    def drop_spills(self, *, before: int) -> None:
-        """Remove the activations after fewer blocks than ``before``."""
-        for path in self._stage.root.glob(_SPILLS):
-            if path < self.spill_path(before):
-                path.unlink()
-
-    def read_spill(self) -> tuple[int, Spill | None]:
-        """Return the latest activations that are whole.
-
-        Returns:
-            The number of blocks they have been through, 0 if there are none, and the file.
-        """
-        for count in range(len(self.blocks), 0, -1):
-            sha256 = self.blocks[count - 1].spill
-            spill = open_spill(self.spill_path(count), sha256) if sha256 else None
-            if spill is not None:
-                return count, spill
-        return 0, None
 
     def _append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values, ensure_ascii=False) + "\n"
@@ -226,7 +195,7 @@ def describe_run(
     return identity
 
 
-def _read(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
+def read_journal(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
     """Read a journal up to its first torn line; also how many bytes that is."""
     if not path.exists():
         return {}, [], 0

@@ -1,8 +1,9 @@
 """The calibration items between two blocks, on disk: to go on after a kill, and to save memory.
 
-One file holds what every item is after one block. It is written item by item while the block runs,
-hashed on the way by a thread of its own, and gets its final name when it is whole. It is plain
-safetensors: the header, whose offsets are known last, stands in room left for it at the front.
+One file holds what every item of a process is after one block. It is written item by item while
+the block runs, hashed on the way by a thread of its own, and gets its final name when it is whole.
+It is plain safetensors: the header, whose offsets are known last, stands in room left for it at the
+front.
 
 Whoever reads one back checks its hash first, because a killed machine may have lost any part.
 """
@@ -30,6 +31,26 @@ from nvvl.model.safetensors_io import (
 _ENTRY_BYTES = 192
 _LENGTH_BYTES = 8
 _PIECE_BYTES = 1 << 24
+
+
+class SpillFolder:
+    """Where the processes of a run keep their items; each has files of its own."""
+
+    def __init__(self, folder: Path, *, index: int) -> None:
+        """Take the folder, and the index of the process."""
+        self.path = folder
+        self._index = index
+
+    def file(self, num_blocks: int) -> Path:
+        """Return where this process keeps its items after so many blocks."""
+        return self.path / f"activations-{num_blocks:05}-{self._index}.safetensors"
+
+    def drop(self, *, before: int, every_process: bool = False) -> None:
+        """Remove the items after fewer blocks than ``before``."""
+        whose = "*" if every_process else self._index
+        for path in self.path.glob(f"activations-*-{whose}.safetensors"):
+            if int(path.name.split("-")[1]) < before:
+                path.unlink()
 
 
 class Spill:

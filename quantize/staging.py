@@ -9,7 +9,7 @@ had finished:
 
     .OUT.partial/
       journal.jsonl                    which blocks are finished     (nvvl.quantize.journal)
-      activations-00012.safetensors    the items after a block       (nvvl.quantize.journal)
+      activations-00012-0.safetensors  the items after a block       (nvvl.quantize.spill)
       output/                          what takes the name OUT by one rename when it is complete
       old/                             what stood at OUT before, for the moment of that rename
 
@@ -60,6 +60,12 @@ class Stage:
                 path.unlink()
 
 
+def resumable_stage(out: Path) -> Stage:
+    """Return where an output is made that can be gone on with."""
+    out = Path(out).absolute()
+    return Stage(out.with_name(f".{out.name}.partial"))
+
+
 @contextmanager
 def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` when the block ends without an exception.
@@ -101,7 +107,7 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
         KeyboardInterrupt: again, saying how to go on.
     """
     out = Path(out).absolute()
-    stage = Stage(out.with_name(f".{out.name}.partial"))
+    stage = resumable_stage(out)
     if out.exists() and stage.root.exists() and not stage.output.exists():
         with _locked(stage.root):
             shutil.rmtree(stage.root)  # of a run killed after its output took its name

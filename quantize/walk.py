@@ -10,49 +10,47 @@ Weight-only recipes need no items and run nothing.
 While one block runs, the next one is read (``nvvl.quantize.blocks``) and the one before is packed
 and written, so memory holds three blocks, or one where it has to (``Limits``). The output's layout
 is known before the first weight is read, so tensors go straight to their place in the output files.
-What is not quantized is copied byte for byte in its stored dtype. Weights to be quantized are read
-as BF16, the dtype they are calibrated and served in.
+Weights to be quantized are read as BF16, the dtype they are calibrated and served in.
 
 A finished block is recorded in a journal, so a run that was killed goes on from there to the same
-bytes (``nvvl.quantize.journal``). What the walk writes is not called good here: ``nvvl verify``
-reads it back with other code.
+bytes (``nvvl.quantize.journal``, ``nvvl.quantize.output``).
+
+Several processes walk together (``nvvl.quantize.sharing``): each reads every block and runs it over
+its share of the items, the largest amax of all is everybody's, and the main process packs and
+writes. The bytes are those of one process.
 """
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import CalibrationError, DataError, OutputError
-from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from nvvl.errors import DataError, OutputError, RecipeError, ReportedError
+from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import check_tensors, expected_tensors
+from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.quantize import kernels
 from nvvl.quantize.activations import Activations
 from nvvl.quantize.background import Background
 from nvvl.quantize.block_runner import BlockRunner, count_runs
-from nvvl.quantize.blocks import (
-    EMBEDDINGS,
-    BlockReader,
-    LoadedBlock,
-    finite_pieces,
-    list_blocks,
-)
+from nvvl.quantize.blocks import BlockReader, LoadedBlock, list_blocks
 from nvvl.quantize.estimate import UNLIMITED, Limits
 from nvvl.quantize.freed import return_freed_memory
-from nvvl.quantize.journal import BlockRecord, Journal, describe_run
-from nvvl.quantize.layout import build_layout
-from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
-from nvvl.quantize.pack import Amax, pack_linear, require_usable, share_qkv
+from nvvl.quantize.journal import BlockRecord, describe_run, read_journal
+from nvvl.quantize.manifest import Manifest
+from nvvl.quantize.output import Output
+from nvvl.quantize.pack import Amax, require_usable, share_qkv
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
-from nvvl.quantize.side_files import write_side_files
-from nvvl.quantize.staging import resumable_folder
+from nvvl.quantize.sharing import join_shares, largest_amaxes, take_share
+from nvvl.quantize.spill import Spill, SpillFolder, open_spill
+from nvvl.quantize.staging import resumable_stage
 from nvvl.quantize.stored import StoredCalibration
 from nvvl.quantize.targets import assign_formats, list_linears, quantized_only
 
@@ -80,6 +78,7 @@ def quantize_checkpoint(
     command: Sequence[str] = (),
     from_calibration: Path | None = None,
     limits: Limits = UNLIMITED,
+    processes: Processes | None = None,
 ) -> Manifest:
     """Write a quantized copy of a BF16 checkpoint, or go on where a killed run stopped.
 
@@ -92,11 +91,13 @@ def quantize_checkpoint(
         overwrite: Replace an ``out`` that an earlier run wrote, and drop an unfinished run that
             was made from something else.
         progress: Called with the name of the block, steps done and steps in total.
-        stop: Asked after each block; the walk is interrupted if it says True.
+        stop: Asked after each block; the walk is interrupted if it says True on any process.
         command: The command line, for the manifest.
         from_calibration: The output of a finished run over the same source, whose amax of inputs
             are used in place of ``items``.
         limits: What of it may be in memory at once; changes no byte of the output.
+        processes: Those that share the items, all of which make this call, with folders that all
+            of them see; None works alone.
 
     Returns:
         What was written, as in ``manifest.json``.
@@ -105,89 +106,108 @@ def quantize_checkpoint(
         ConfigError: if config.json or the tokenizer cannot be used.
         CheckpointError: if source tensors are missing, unexpected, misshapen or not finite.
         RecipeError: if the recipe does not fit the model.
-        DataError: if items are needed and there are none, or one cannot be used.
+        DataError: if items are needed and there are none, fewer than processes, or one cannot be
+            used.
         CalibrationError: if a linear gets no usable amax, or an item gives NaN or Inf.
         OutputError: if ``out`` exists, the disk is full, or an unfinished run of another recipe,
             source or calibration set is there.
+        ReportedError: on other processes than the main one, in place of any of these.
         KeyboardInterrupt: if ``stop`` said True.
     """
-    checkpoint = Checkpoint(source)
-    check_tensors(checkpoint, expected_tensors(checkpoint.config))
-    formats = assign_formats(recipe, list_linears(checkpoint.config))
-    stored = None
-    if from_calibration is not None:
-        stored = StoredCalibration.read(from_calibration)
-        stored.require_covers(recipe, formats)
-        recipe = replace(recipe, num_calibration_items=stored.recipe.num_calibration_items)
-    used_items = () if stored else _select_items(recipe, formats, items)
-    layout = build_layout(checkpoint, formats)
     device = torch.device(device)
-    identity = describe_run(
-        checkpoint, recipe, device=device.type, calibration=stored.sha256 if stored else ""
-    )
-    with (
-        resumable_folder(out, source=source, overwrite=overwrite) as stage,
-        Journal(stage, identity, used_items, overwrite=overwrite) as journal,
-    ):
-        with CheckpointWriter(stage.output, layout, resume=journal.digests) as writer:
-            walk = Walk(
-                checkpoint, formats, recipe, layout, writer, device, journal, stored, limits
-            )
-            try:
-                walk.run(used_items, progress=progress, stop=stop)
-            except OutputError as error:
-                raise OutputError(
-                    f"{error} (the output still needs {writer.bytes_to_come()} bytes; "
-                    f"{len(journal.blocks)} finished blocks are kept in {stage.root})"
-                ) from error
-            writer.finish()
-        write_side_files(stage.output, checkpoint, recipe, formats, walk.amaxes)
-        manifest = Manifest(
-            format=recipe.name,
-            command=tuple(command),
-            source=walk.source_hashes,
-            tensors=walk.written,
-            files=hash_files(stage.output),
-            items=stored.items if stored else walk.items,
-            versions=library_versions(),
+    group = processes or Processes(device, join=False)
+    with ExitStack() as stack:
+        with group.agreed():
+            checkpoint = Checkpoint(source)
+            check_tensors(checkpoint, expected_tensors(checkpoint.config))
+            formats = assign_formats(recipe, list_linears(checkpoint.config))
+            stored = None
+            if from_calibration is not None:
+                stored = StoredCalibration.read(from_calibration)
+                stored.require_covers(recipe, formats)
+                recipe = replace(recipe, num_calibration_items=stored.recipe.num_calibration_items)
+            used_items = () if stored else _select_items(recipe, formats, items)
+            if recipe.image_weight is not None and group.count > 1:
+                raise RecipeError(
+                    f"recipe {recipe.name}: image_weight sums errors over all items, which one "
+                    f"process does alone; got {group.count}: start one, or leave image_weight out"
+                )
+            share = take_share(used_items, group)
+            output = None
+            if group.is_main:
+                identity = describe_run(
+                    checkpoint,
+                    recipe,
+                    device=device.type,
+                    calibration=stored.sha256 if stored else "",
+                )
+                output = stack.enter_context(
+                    Output(
+                        *(checkpoint, out, recipe, formats, identity, used_items),
+                        device=device,
+                        overwrite=overwrite,
+                        stored=stored,
+                    )
+                )
+        stage = resumable_stage(out)
+        finished = output.journal.blocks if output else read_journal(stage.journal)[1]
+        walk = Walk(
+            *(checkpoint, formats, recipe, device),
+            spills=SpillFolder(stage.root, index=group.index),
+            processes=group,
+            output=output,
+            stored=stored,
+            limits=limits,
         )
-        manifest.write(stage.output)
-    return manifest
+        try:
+            walk.run(share, list(finished), progress=progress, stop=stop)
+        except OutputError as error:
+            if output is None:
+                raise
+            raise OutputError(output.explain(error)) from error
+        with group.agreed():
+            if output is not None:
+                output.write_files(command)
+                stack.close()
+    return Manifest.read(out)
 
 
 class Walk:
-    """One pass over a checkpoint.
-
-    Attributes:
-        amaxes: Of every quantized linear visited so far.
-        source_hashes: SHA-256 of every source tensor visited so far.
-        written: Every tensor written so far.
-        items: (id, SHA-256) of the calibration items that were run.
-    """
+    """One pass over a checkpoint, by one of the processes that walk together."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         formats: Mapping[str, Format],
         recipe: Recipe,
-        layout: Sequence[TensorSpec],
-        writer: CheckpointWriter,
         device: torch.device,
-        journal: Journal,
+        *,
+        spills: SpillFolder,
+        processes: Processes,
+        output: Output | None,
         stored: StoredCalibration | None = None,
         limits: Limits = UNLIMITED,
     ) -> None:
-        self.amaxes: dict[str, Amax] = {}
-        self.source_hashes: dict[str, str] = {}
-        self.written: dict[str, TensorRecord] = {}
-        self.items: list[tuple[str, str]] = []
+        """Take what the walk is made of.
+
+        Args:
+            checkpoint: The source.
+            formats: Format of each linear.
+            recipe: The recipe in force.
+            device: Where blocks are run.
+            spills: Where this process keeps its items between blocks.
+            processes: Those that share the items.
+            output: What finished blocks are given to; on the main process only.
+            stored: The calibration that is packed from, if it is not found out anew.
+            limits: What may be in memory at once.
+        """
         self._checkpoint = checkpoint
         self._formats = formats
         self._recipe = recipe
-        self._specs = {spec.name: spec for spec in layout}
-        self._writer = writer
         self._device = device
-        self._journal = journal
+        self._spills = spills
+        self._processes = processes
+        self._output = output
         self._stored = stored
         self._limits = limits
         self._runner = BlockRunner(checkpoint, device)
@@ -196,6 +216,7 @@ class Walk:
     def run(
         self,
         items: Sequence[Item],
+        finished: Sequence[BlockRecord],
         *,
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
@@ -203,20 +224,23 @@ class Walk:
         """Visit every block: run it over the items where that is needed, and write its tensors.
 
         Args:
-            items: The calibration items; empty if no input is calibrated.
+            items: This process's calibration items; empty if no input is calibrated.
+            finished: The blocks that an earlier run had finished.
             progress: As in `quantize_checkpoint`.
             stop: As in `quantize_checkpoint`.
         """
         blocks = list_blocks(self._checkpoint.config)
         num_runs = count_runs(blocks, self._formats) if items else 0
         ticker = _Ticker(progress, total=len(blocks) + 1 + num_runs * len(items))
-        finished = list(self._journal.blocks)
-        for record in finished:
-            self._restore(record)
+        with self._processes.agreed():
+            if self._output is not None:
+                for record in finished:
+                    self._output.restore(record)
         activations = None
         num_run = num_runs
         if len(finished) < num_runs:
-            activations = self._open_activations(items, ticker)
+            with self._processes.agreed():
+                activations = self._open_activations(items, ticker)
             num_run = self._catch_up(activations, finished, ticker)
         ticker.skip(len(finished) + num_run * len(items))
         ahead = self._limits.overlap
@@ -227,21 +251,27 @@ class Walk:
         ):
             for index, name in enumerate(left, start=len(finished)):
                 ticker.stage = name
-                finish = self._visit(
-                    reader.take(name), activations if index < num_runs else None, index
-                )
+                running = activations if index < num_runs else None
+                room = self._spill_room() if running is not None else 0
+                with self._processes.agreed():
+                    found = self._visit(reader.take(name), running, index, room)
+                    background.wait()  # an error of writing the block before is everybody's
+                finish = self._agree_on(found)
+                del found  # else the block before stays while the next one runs
                 background.submit(finish)
-                del finish  # else the block before stays while the next one runs
+                del finish
                 return_freed_memory()
                 ticker.tick()
-                if stop is not None and stop():
+                if stop is not None and any(self._processes.gather(stop())):
                     background.wait()
+                    if not self._processes.is_main:
+                        raise ReportedError("interrupted")
                     raise KeyboardInterrupt
-        ticker.stage = _REST
-        for name in self._checkpoint.tensors:
-            if name not in self.source_hashes:
-                self._copy_pieces(name)
-        ticker.tick()
+        with self._processes.agreed():
+            ticker.stage = _REST
+            if self._output is not None:
+                self._output.copy_rest()
+            ticker.tick()
 
     def _open_activations(self, items: Sequence[Item], ticker: "_Ticker") -> Activations:
         return Activations(
@@ -252,100 +282,79 @@ class Walk:
             budget_bytes=self._limits.activation_bytes,
         )
 
-    def _restore(self, record: BlockRecord) -> None:
-        """Take a finished block from the journal; write again what never reached the disk."""
-        self.source_hashes |= record.source
-        self.written |= record.written
-        self.amaxes |= record.amaxes
-        self.items += record.items
-        lost = record.written.keys() - self._writer.written
-        linears = {fqn for fqn in record.amaxes if any(n.startswith(f"{fqn}.") for n in lost)}
-        for fqn in linears:
-            self._pack(fqn, record.amaxes[fqn], self._checkpoint.load(f"{fqn}.weight"))
-        for name in lost:
-            if name.rpartition(".")[0] not in record.amaxes:
-                self._copy_pieces(name)
-
     def _catch_up(
         self, activations: Activations, finished: Sequence[BlockRecord], ticker: "_Ticker"
     ) -> int:
         """Bring the items to where the finished blocks leave them; return how many were skipped."""
-        num_run, spill = self._journal.read_spill()
+        num_run, spill = self._find_spill(finished)
         if spill is not None:
-            activations.restore(spill, self.items)
+            drawn = [item for record in finished for item in record.items]
+            activations.restore(spill, take_share(drawn, self._processes))
         names = [record.block for record in finished[num_run:]]
         with BlockReader(
             self._checkpoint, names, device=self._device, ahead=self._limits.overlap
         ) as reader:
             for count, name in enumerate(names, start=num_run + 1):
                 ticker.stage = name
-                block = reader.take(name)
-                self._run_over(activations, count, partial(self._runner.run, block, activations))
-                self._journal.drop_spills(before=count)
+                room = self._spill_room()
+                with self._processes.agreed():
+                    block = reader.take(name)
+                    run = partial(self._runner.run, block, activations)
+                    activations.run_block(run, self._spills.file(count), room=room)
+                self._spills.drop(before=count)
         return num_run
 
+    def _find_spill(self, finished: Sequence[BlockRecord]) -> tuple[int, Spill | None]:
+        """Return how many blocks the latest items on disk have been through, and their file.
+
+        Every process must have its own, whole, of the same block; else there are none.
+        """
+        for count in range(len(finished), 0, -1):
+            hashes = finished[count - 1].spills
+            if len(hashes) != self._processes.count or not all(hashes):
+                continue
+            spill = open_spill(self._spills.file(count), hashes[self._processes.index])
+            if all(self._processes.gather(spill is not None)):
+                return count, spill
+        return 0, None
+
     def _visit(
-        self, block: LoadedBlock, activations: Activations | None, index: int
-    ) -> Callable[[], None]:
-        """Run one block and fix its amax; return what writes it and records it as finished."""
-        self._require_calibrated_on(block.sha256)
-        spill, drawn = "", []
-        amaxes: dict[str, Amax] = {}
+        self, block: LoadedBlock, activations: Activations | None, index: int, room: int
+    ) -> "_Found":
+        """Run one block over this process's items, and find its amax."""
+        if self._output is not None:
+            self._output.require_calibrated_on(block.sha256)
         if activations is None:
-            amaxes = self._weight_amaxes(block)
-        else:
-            num_drawn = len(activations.records)
+            return _Found(block, self._weight_amaxes(block))
+        num_drawn = len(activations.records)
+        amaxes: dict[str, Amax] = {}
 
-            def run() -> None:
-                nonlocal amaxes
-                amaxes = self._calibrate(block, activations)
+        def run() -> None:
+            nonlocal amaxes
+            amaxes = self._calibrate(block, activations)
 
-            spill = self._run_over(activations, index + 1, run)
-            drawn = activations.records[num_drawn:]
-        amaxes = share_qkv(amaxes)
-        require_usable(amaxes, self._formats)
-        return partial(self._finish, block, amaxes, drawn, spill)
+        spill = activations.run_block(run, self._spills.file(index + 1), room=room)
+        return _Found(block, amaxes, activations.records[num_drawn:], spill)
 
-    def _finish(
-        self,
-        block: LoadedBlock,
-        amaxes: Mapping[str, Amax],
-        drawn: Sequence[tuple[str, str]],
-        spill: str,
-    ) -> None:
-        """Pack and write a block, and record it as finished."""
-        written: dict[str, TensorRecord] = {}
-        source = dict(block.sha256)
-        for name, tensor in block.host.items():
-            fqn = name.removesuffix(".weight")
-            if fqn in amaxes:
-                written |= self._pack(fqn, amaxes[fqn], block.device[name])
-            else:
-                written[name] = self._write(name, tensor, sha256=source[name])
-        if block.name == EMBEDDINGS:
-            name = f"{EMBEDDINGS}.weight"
-            written[name] = self._copy_pieces(name)
-            source[name] = written[name].sha256
-        self.source_hashes |= source
-        self.written |= written
-        self.amaxes |= amaxes
-        self.items += drawn
-        self._journal.append(
-            BlockRecord(
-                block=block.name,
-                source=source,
-                written=written,
-                amaxes=amaxes,
-                items=drawn,
-                spill=spill,
-            )
-        )
+    def _agree_on(self, found: "_Found") -> Callable[[], None]:
+        """Join what all processes found about a block; return what writes and records it."""
+        said = self._processes.gather([found.spill, found.drawn])
+        amaxes = share_qkv(largest_amaxes(found.amaxes, self._processes))
+        with self._processes.agreed():
+            require_usable(amaxes, self._formats)
+        if self._output is None:
+            return _nothing
+        drawn = [(item_id, sha256) for item_id, sha256 in join_shares([d for _, d in said])]
+        spills = [spill for spill, _ in said]
+        return partial(self._output.finish_block, found.block, amaxes, drawn, spills)
 
-    def _run_over(self, activations: Activations, count: int, run: Callable[[], None]) -> str:
-        """Run a block over the items, and write down what they are after ``count`` blocks."""
-        free = shutil.disk_usage(self._journal.folder).free
-        room = free - self._writer.bytes_to_come() - _SPARE_BYTES
-        return activations.run_block(run, self._journal.spill_path(count), room=room)
+    def _spill_room(self) -> int:
+        """Return the bytes that this process's items may take on the disk."""
+        room = None
+        if self._output is not None:
+            free = shutil.disk_usage(self._spills.path).free
+            room = free - self._output.writer.bytes_to_come() - _SPARE_BYTES
+        return self._processes.gather(room)[0] // self._processes.count
 
     def _calibrate(self, block: LoadedBlock, activations: Activations) -> dict[str, Amax]:
         """Run one block over the items, and find the amax of its quantized linears."""
@@ -378,34 +387,15 @@ class Walk:
                 formats[fqn] = linear_format
         return formats
 
-    def _pack(self, fqn: str, amax: Amax, weight: Tensor) -> dict[str, TensorRecord]:
-        weight = weight.to(device=self._device, dtype=torch.bfloat16)
-        tensors = pack_linear(weight, self._formats[fqn], amax)
-        return {f"{fqn}.{leaf}": self._write(f"{fqn}.{leaf}", t) for leaf, t in tensors.items()}
 
-    def _require_calibrated_on(self, hashes: Mapping[str, str]) -> None:
-        stored = self._stored
-        for name, sha256 in hashes.items():
-            if stored is not None and stored.source.get(name) != sha256:
-                raise CalibrationError(
-                    f"{stored.folder}: was calibrated on another source ({name} differs); "
-                    "calibrate again, or give the MODEL it was made from"
-                )
+@dataclass(frozen=True)
+class _Found:
+    """What one process found about a block: amax, items drawn for it, hash of their spill."""
 
-    def _write(self, name: str, tensor: Tensor, *, sha256: str | None = None) -> TensorRecord:
-        spec = self._specs[name]
-        if name in self._writer.written:  # one of a linear's tensors was lost, this one was not
-            return self.written[name]
-        return TensorRecord(self._writer.write(name, tensor, sha256=sha256), spec.dtype, spec.shape)
-
-    def _copy_pieces(self, name: str) -> TensorRecord:
-        """Copy a tensor that is not read whole: one hash says what was read and written."""
-        info = self._checkpoint.info(name)
-        sha256 = self._writer.write_pieces(name, finite_pieces(info))
-        self._require_calibrated_on({name: sha256})
-        self.source_hashes[name] = sha256
-        self.written[name] = TensorRecord(sha256, info.dtype, info.shape)
-        return self.written[name]
+    block: LoadedBlock
+    amaxes: Mapping[str, Amax]
+    drawn: Sequence[tuple[str, str]] = ()
+    spill: str = ""
 
 
 class _Ticker:
@@ -439,3 +429,7 @@ def _select_items(
             "give a calibration set with at least one"
         )
     return items.items
+
+
+def _nothing() -> None:
+    """Stand for the writing of a block on processes that write none."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nvvl.distill.optimize import Optimizer
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.student import LOG_AMAX, Student
+from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats

@@ -12,7 +12,6 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill import prepare
 from nvvl.distill import state as state_module
 from nvvl.distill.losses import chunked_loss
-from nvvl.distill.processes import Processes
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import StateFolder
 from nvvl.distill.train import DistillResult, Execution, Trainer, distill
@@ -20,6 +19,7 @@ from nvvl.errors import OutputError, TrainingError
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.processes import Processes
 from nvvl.quantize.manifest import Manifest
 
 NVVL = Execution(command=["nvvl"])

@@ -230,8 +230,9 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
         resolve_model(model)
 
 
+@pytest.mark.parametrize("weights", [True, False])
 def test_hub_id_is_downloaded_without_code_or_pickles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, object] = {}
 
@@ -240,10 +241,11 @@ def test_hub_id_is_downloaded_without_code_or_pickles(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("nvidia/some-model") == tmp_path
+    assert resolve_model("nvidia/some-model", weights=weights) == tmp_path
+    texts = ["*.json", "*.txt", "*.jinja", "*.model"]
     assert asked == {
         "repo_id": "nvidia/some-model",
-        "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+        "allow_patterns": [*texts, "*.safetensors"] if weights else texts,
     }
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.cli import app
 from nvvl.errors import CheckpointError, HardwareError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.quantize.estimate import (
@@ -127,6 +129,21 @@ def test_index_without_shards_is_enough(make_checkpoint: MakeCheckpoint, tmp_pat
     assert whole.weight_bytes - plan.weight_bytes == 8
     assert "length assumed" in plan.source.notes[1]
     assert "says" in plan.source.notes[2]
+
+
+def test_config_and_index_give_splits_and_server_rules(config_12b: Path, tmp_path: Path) -> None:
+    shutil.copyfile(config_12b / "config.json", tmp_path / "config.json")
+    names = {spec.name: "model-00001.safetensors" for spec in read_source(tmp_path).tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--format", "nvfp4"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    for num_gpus in (2, 4, 8):
+        assert f"tensor parallel {num_gpus}: every layer splits" in lines
+    for server in ("vLLM: ", "TensorRT-LLM: "):
+        (line,) = [line for line in lines if line.startswith(server)]
+        assert "FAILS" not in line
+    assert any(line.startswith("weights: about 10,") for line in lines)
 
 
 def test_index_of_another_model_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             DataError: if a task asks for sampling, or for answers longer than a request.
         """
         every: list[tuple[Any, ...]] = [request.args for request in requests]
-        prompts = [(self._encode(context), settings) for context, settings in every]
+        prompts = [self._encode_prompt(context, settings) for context, settings in every]
         found = self._answer(
             "generate_until", requests, prompts, self._write, len_of=lambda prompt: len(prompt[0])
         )
@@ -222,26 +222,34 @@ class HarnessModel(LM):  # type: ignore[misc]
         ends = [sum(counts[: place + 1]) for place in range(len(counts))]
         return [sum(nats[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
-    def _write(self, batch: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
-        settings = [GenerationSettings.read(values) for _, values in batch]
-        longest = longest_of(settings)
-        room = self.max_length - longest
+    def _encode_prompt(
+        self, context: str, values: dict[str, Any]
+    ) -> tuple[list[int], GenerationSettings]:
+        """Encode a prompt, and keep the end of it that leaves room for the longest answer."""
+        settings = GenerationSettings.read(values)
+        room = self.max_length - settings.max_new_tokens
         if room < 1:
             raise DataError(
-                f"lm-eval: answers of {longest} tokens leave no room in {self.max_length}; "
-                "raise --max-length"
+                f"lm-eval: answers of {settings.max_new_tokens} tokens leave no room in "
+                f"{self.max_length}; raise --max-length"
             )
-        self.num_shortened += sum(len(ids) > room for ids, _ in batch)
-        prompts = [torch.tensor((ids or [self._start_id])[-room:]) for ids, _ in batch]
+        ids = self._encode(context) or [self._start_id]
+        self.num_shortened += len(ids) > room
+        return ids[-room:], settings
+
+    def _write(self, batch: Sequence[tuple[list[int], GenerationSettings]]) -> list[str]:
         answers = generate(
             self.model,
-            collate_ids(prompts, self.model.config.language.pad_token_id),
+            collate_ids(
+                [torch.tensor(ids) for ids, _ in batch],
+                self.model.config.language.pad_token_id,
+            ),
             eos_token_id=self._stop_ids,
-            max_new_tokens=longest,
+            max_new_tokens=longest_of([settings for _, settings in batch]),
         )
         return [
-            each.cut(self.processor.decode(ids[: each.max_new_tokens]))
-            for ids, each in zip(answers, settings, strict=True)
+            settings.cut(self.processor.decode(ids[: settings.max_new_tokens]))
+            for ids, (_, settings) in zip(answers, batch, strict=True)
         ]
 
 

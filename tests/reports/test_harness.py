@@ -115,6 +115,11 @@ def test_long_requests_lose_their_beginning_and_are_counted(
     scored = len(ids) - len(encode(model, context))
     assert nats == pytest.approx(sum(log_probs(model, ids[-8:])[-scored:]), abs=1e-3)
     assert model.num_shortened == 1
+    settings = {"max_gen_toks": 3}
+    long, short = (ask("generate_until", text, settings) for text in (context, context[-4:]))
+    answers = model.generate_until([long, short])
+    assert model.num_shortened == 2
+    assert len(answers) == 2
 
 
 def test_answers_end_before_the_first_stop_string(make_model: Callable[..., HarnessModel]) -> None:

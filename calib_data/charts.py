@@ -11,8 +11,8 @@ from nvvl.calib_data.words import belongs
 LARGEST = "Which bar is the largest?"
 SMALLEST = "Which bar is the smallest?"
 
-_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
-_COLORS: tuple[Color, ...] = (
+STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
+COLORS: tuple[Color, ...] = (
     (66, 120, 180),
     (200, 90, 60),
     (80, 150, 90),
@@ -52,7 +52,7 @@ def draw_chart(source: Source) -> Drawn:
         title, top = draw_title(source, canvas, (left, top, right, bottom), max_size=20)
         turns.append((TITLE, title))
     upright = rng.random() < 0.5
-    bars = _compose_bars(source, rng.randint(3, 4 if upright else 6), 7 if upright else 11)
+    bars = compose_bars(source, rng.randint(3, 4 if upright else 6), 7 if upright else 11)
     draw = _draw_upright if upright else _draw_lying
     draw(source, canvas, (left, top, right, bottom), bars)
     asked = rng.sample(list(zip(bars.labels, bars.values, strict=True)), 2)
@@ -62,12 +62,12 @@ def draw_chart(source: Source) -> Drawn:
     return Drawn([canvas], turns)
 
 
-def _compose_bars(source: Source, count: int, max_chars: int) -> Bars:
+def compose_bars(source: Source, count: int, max_chars: int) -> Bars:
     """Draw different values of the split; with an axis they lie on its ticks."""
     rng, split = source.rng, source.strings.split
     labels = source.strings.labels(count, max_chars)
     if rng.random() < 0.4:
-        for step in rng.sample(_STEPS, len(_STEPS)):
+        for step in rng.sample(STEPS, len(STEPS)):
             ticks = [step * index for index in range(1, 9) if belongs(str(step * index), split)]
             if len(ticks) >= count:
                 values = rng.sample(ticks, count)
@@ -81,20 +81,22 @@ def _compose_bars(source: Source, count: int, max_chars: int) -> Bars:
 
 def _bar_colors(canvas: Canvas, rng: random.Random, count: int) -> list[Color]:
     """Draw one colour for all bars, or one each, tinted by the ink."""
-    colors = rng.sample(_COLORS, count)
+    colors = rng.sample(COLORS, count)
     if rng.random() < 0.5:
         colors = [colors[0]] * count
     return [mix(color, canvas.palette.ink, 0.15) for color in colors]
 
 
-def _choose_face(source: Source, texts: list[str], limit: int, size: int) -> Face:
+def choose_face(source: Source, texts: list[str], limit: int, size: int) -> Face:
+    """Draw fonts until one, at most ``size``, holds each text within ``limit`` pixels."""
     face = None
     while face is None:
         face = fit_face(source.font(), texts, limit, size)
     return face
 
 
-def _grid_color(canvas: Canvas) -> Color:
+def grid_color(canvas: Canvas) -> Color:
+    """Return the colour of grid lines: a little ink in the background."""
     return mix(canvas.palette.background, canvas.palette.ink, 0.3)
 
 
@@ -107,7 +109,7 @@ def _draw_upright(source: Source, canvas: Canvas, area: Area, bars: Bars) -> Non
     left, top, right, bottom = area
     slot = (right - left - 40) // len(bars.labels)
     texts = [*bars.labels, *map(str, bars.values)]
-    face = _choose_face(source, texts, slot - 6, rng.randint(12, 16))
+    face = choose_face(source, texts, slot - 6, rng.randint(12, 16))
     ticks = _ticks(bars)
     left += widest(face, [str(bars.scale)]) + 8 if ticks else 4
     slot = (right - left) // len(bars.labels)
@@ -115,7 +117,7 @@ def _draw_upright(source: Source, canvas: Canvas, area: Area, bars: Bars) -> Non
     ceiling = top + face.height + 4
     for tick in ticks:
         y = floor - (floor - ceiling) * tick // bars.scale
-        canvas.rule(left, y, right, _grid_color(canvas))
+        canvas.rule(left, y, right, grid_color(canvas))
         if tick % (2 * bars.step) == 0:
             baseline = y + face.ascent // 2
             canvas.text_right(left - 4, baseline, str(tick), face)
@@ -136,7 +138,7 @@ def _draw_upright(source: Source, canvas: Canvas, area: Area, bars: Bars) -> Non
 def _draw_lying(source: Source, canvas: Canvas, area: Area, bars: Bars) -> None:
     rng, palette = source.rng, canvas.palette
     left, top, right, bottom = area
-    face = _choose_face(source, bars.labels, 90, rng.randint(12, 17))
+    face = choose_face(source, bars.labels, 90, rng.randint(12, 17))
     ticks = _ticks(bars)
     floor = bottom - (face.height + 6 if ticks else 0)
     slot = min((floor - top) // len(bars.labels), 46)
@@ -146,7 +148,7 @@ def _draw_lying(source: Source, canvas: Canvas, area: Area, bars: Bars) -> None:
     foot = top + slot * len(bars.labels)
     for tick in ticks:
         x = start + reach * tick // bars.scale
-        canvas.draw.line((x, top, x, foot), fill=_grid_color(canvas))
+        canvas.draw.line((x, top, x, foot), fill=grid_color(canvas))
         if tick % (4 * bars.step) == 0:
             text = str(tick)
             canvas.text(x - face.width(text) // 2, foot + 5 + face.ascent, text, face)

@@ -3,8 +3,8 @@
 A suite makes items from numbers: item 17 of seed 0 is the same question about the same pixels for
 every model on every machine, so runs can be compared item by item. Each asks one question of one
 generated document whose answers were never answers in training; the suites named ``unseen_fonts``
-also draw them in font families that no training document has. ``continuation`` is text alone, and
-scored by likelihood.
+also draw them in font families that no training document has, and ``line_chart`` and ``pie_chart``
+are layouts that no training document has. ``continuation`` is text alone, and scored by likelihood.
 """
 
 import random
@@ -135,6 +135,11 @@ _DOCUMENTS = (
     _make_suites("chart", "read a bar chart", kind="chart", metric="relaxed_accuracy"),
     _make_suites("video", "tell what a short video shows, and when", kind="video"),
 )
+# Kinds of documents that the embedded model never saw, nor calibration unless a spec names them.
+_UNSEEN_LAYOUTS = tuple(
+    _make_suites(kind, f"read a {kind}, never trained on", kind=kind, metric="relaxed_accuracy")[0]
+    for kind in ("line_chart", "pie_chart")
+)
 _CONTINUATION = Suite(
     name="continuation",
     description="predict the next words of a text",
@@ -146,6 +151,10 @@ _CONTINUATION = Suite(
 
 SUITES = {
     suite.name: suite
-    for suite in (*(suite for variants in _DOCUMENTS for suite in variants), _CONTINUATION)
+    for suite in (
+        *(suite for variants in _DOCUMENTS for suite in variants),
+        *_UNSEEN_LAYOUTS,
+        _CONTINUATION,
+    )
 }
 DEFAULT_SUITES = ("line", "key_value", "line_unseen_fonts", "key_value_unseen_fonts")

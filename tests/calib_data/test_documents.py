@@ -1,7 +1,9 @@
 import hashlib
+import os
 import string
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ TURNS = {
     "two_pages": "aa38f4221c631539",
     "chart": "0ac868814c63d90b",
     "video": "e13943ae4be499f6",
+    "line_chart": "40ea1784b3ce6024",
+    "pie_chart": "4be2047058ece8f2",
 }
 
 
@@ -62,6 +66,28 @@ def test_another_process_draws_the_same_pixels() -> None:
         check=True,
     )
     assert done.stdout.split() == [digest_pixels(kind) for kind in reversed(KINDS)]
+
+
+def test_settings_of_matplotlib_change_no_pixel(tmp_path: Path) -> None:
+    settings = tmp_path / "matplotlibrc"
+    settings.write_text(
+        "lines.linewidth: 9\nlines.antialiased: False\npatch.antialiased: False\n"
+        "lines.scale_dashes: False\nlines.markeredgewidth: 5\nfigure.dpi: 300\n"
+        "savefig.dpi: 300\nfigure.facecolor: red\npath.snap: True\npatch.linewidth: 8\n"
+        "path.simplify_threshold: 1.0\npath.sketch: 5, 20, 2\n"
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_documents as t; "
+        "print(t.digest_pixels('line_chart'), t.digest_pixels('pie_chart'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__.rpartition("/")[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MATPLOTLIBRC": str(settings)},
+    )
+    assert done.stdout.split() == [digest_pixels(kind) for kind in ("line_chart", "pie_chart")]
 
 
 def test_seeds_and_splits_give_other_documents() -> None:
@@ -128,7 +154,9 @@ def test_what_is_asked_for_stands_on_the_page(kind: str) -> None:
         document = make_document(kind, seed, split="train")
         shown = "".join(glyph.char for glyphs in document.glyphs for glyph in glyphs)
         for question, answer in document.turns:
-            reads_axis = kind == "chart" and question.startswith("What is the value")
+            reads_axis = kind in ("chart", "line_chart") and question.startswith(
+                "What is the value"
+            )
             for line in answer.split("\n"):
                 assert reads_axis or line.replace(" ", "") in shown
 

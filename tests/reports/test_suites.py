@@ -2,11 +2,14 @@ from collections import Counter
 
 import pytest
 
+from nvvl.calib_data.documents import KINDS
 from nvvl.calib_data.items import item_hash
+from nvvl.calib_data.listing import MIXTURE
 from nvvl.calib_data.values import load_list
 from nvvl.errors import DataError
 from nvvl.reports.metrics import METRICS
 from nvvl.reports.suites import DEFAULT_SUITES, SUITES, find_suites
+from nvvl.tools.embedded_model.stages import GROUPS
 
 
 @pytest.mark.parametrize("name", sorted(SUITES))
@@ -63,6 +66,18 @@ def test_unseen_fonts_change_the_pixels_and_not_the_suite(name: str) -> None:
     seen, unseen = SUITES[name], SUITES[f"{name}_unseen_fonts"]
     assert (seen.metric, seen.max_new_tokens) == (unseen.metric, unseen.max_new_tokens)
     assert item_hash(seen.make_item(0, 0)) != item_hash(unseen.make_item(0, 0))
+
+
+def test_held_out_layouts_are_in_no_training_document() -> None:
+    trained = {kind for kinds, _, _ in GROUPS.values() for kind in kinds}
+    unseen = {kind for kind in KINDS if kind in SUITES and kind not in {*trained, *MIXTURE}}
+    assert unseen == {"line_chart", "pie_chart"}
+    asked = [item for kind in sorted(unseen) for item in SUITES[kind].items(40)]
+    assert {item.domain for item in asked} == unseen
+    # layout is what differs from training, so the fonts are those of training
+    assert not {f"{kind}_unseen_fonts" for kind in unseen} & set(SUITES)
+    questions = {item.messages[0].content.removeprefix("<image>\n").split(" ")[1] for item in asked}
+    assert questions == {"is", "line", "point", "slice"}
 
 
 def test_key_value_asks_for_values_and_text_for_everything() -> None:

@@ -57,6 +57,8 @@ def outcomes(tiny_checkpoint: Path, folder: Path) -> dict[str, list[Outcome]]:
     turns = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "it"}]
     lines = [json.dumps({"messages": turns, "image": name}) for name in ("good.png", "bad.png")]
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    weighted = 'name = "w"\nimage_weight = 0.5\n[[rules]]\ntarget = "*"\nformat = "fp8"\n'
+    (folder / "weighted.toml").write_text(weighted)
     half = f"{LAYERS}.3"
 
     def quantize(out: str, *more: object, interrupt: str = "") -> dict[str, Any]:
@@ -71,6 +73,7 @@ def outcomes(tiny_checkpoint: Path, folder: Path) -> dict[str, list[Outcome]]:
         "left": quantize("left", *items, interrupt=half),
         "exists": quantize("whole", *items),
         "bad item": quantize("bad", "--calib", folder / "items.jsonl"),
+        "weighted": quantize("bad", *items, "--recipe", folder / "weighted.toml"),
         "few items": quantize("few", "--samples", 1),
         "no model": {"arguments": ["quantize", "fp8", "nowhere", "x"], "interrupt": ""},
     }
@@ -131,6 +134,10 @@ def test_one_process_goes_on_with_what_two_left(
         ("exists", "whole: exists already; choose another OUT, or pass --overwrite"),
         ("bad item", "bad.png"),
         ("few items", "2 processes share 1 calibration items; required one for each"),
+        (
+            "weighted",
+            "image_weight sums errors over all items, which one process does alone; got 2",
+        ),
         ("no model", "nowhere: required 'embedded', an existing folder or a Hub id"),
     ],
 )

@@ -67,7 +67,7 @@ def run_demo(
     *,
     num_items: int = 1000,
     num_calibration_items: int = 256,
-    num_distill_steps: int = 40,
+    num_distill_steps: int = 80,
     device: str = "cpu",
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -188,7 +188,8 @@ def _distill(
         load_distill_recipe("qad_nvfp4_embedded"),
         num_steps=num_steps,
         validate_every=max(1, num_steps // 2),
-        num_validation_items=24,
+        num_validation_items=48,
+        ema_decay=0.9,  # a shorter memory for fewer steps
     )
     items = load_calibration_set("default", num_items=recipe.num_items, seed=seed)
     result = distill(run, source, out, recipe, items, seed=seed, execution=execution)

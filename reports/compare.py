@@ -8,6 +8,7 @@ item that both runs get right, or both get wrong, adds no noise.
 `bootstrap_intervals`   percentile bootstrap of means (Efron and Tibshirani, 1993, chapter 13).
 `bootstrap_ratio`       the same, of a ratio of sums, such as a mean over tokens.
 `paired_difference`     the same, of per-item differences.
+`paired_ratios`         the same, of two ratios of sums or of what is made of them, as perplexities.
 `mcnemar_test`          exact two-sided test on the items that changed sides (McNemar 1947).
 
 Everything is deterministic: resampling has a fixed seed. Nothing here corrects for looking at many
@@ -15,6 +16,7 @@ comparisons at once.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -165,6 +167,48 @@ def paired_difference(
         (after - before)[:, None], confidence=confidence, num_resamples=num_resamples, seed=seed
     )
     return interval
+
+
+def paired_ratios(
+    baseline: npt.ArrayLike,
+    values: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    aggregate: Callable[[FloatArray], FloatArray],
+    *,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return how two numbers differ that are each made of sum(values) / sum(weights).
+
+    Args:
+        baseline: (n,) of each item in the run compared with.
+        values: (n,) of each item in the run under test, in the same order.
+        weights: (n,) positive, of both.
+        aggregate: from ratios (k,) to the numbers (k,) that are compared.
+        confidence: probability mass of the interval.
+        num_resamples: how many sets of n items are drawn with replacement.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: if the lengths differ, there is no item, or a value is out of range.
+    """
+    columns = [np.asarray(column, float) for column in (baseline, values, weights)]
+    if len({column.shape for column in columns}) > 1 or not columns[0].size:
+        raise ValueError(
+            f"paired_ratios: required values of the same items, got {columns[0].shape}, "
+            f"{columns[1].shape} and {columns[2].shape}"
+        )
+    samples = np.stack(columns, axis=-1)
+    if not np.isfinite(samples).all() or (samples[:, 2] <= 0).any():
+        raise ValueError("paired_ratios: required finite values and positive weights")
+    means = _resample_means(samples, num_resamples, np.random.default_rng(seed))
+    means = np.vstack([samples.mean(axis=0), means])  # the items themselves come first
+    before, after = (aggregate(means[:, column] / means[:, 2]) for column in (0, 1))
+    differences = after - before
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(differences[1:], [tail, 1 - tail])
+    return Interval(float(differences[0]), float(low), float(high), len(samples))
 
 
 def mcnemar_test(num_gained: int, num_lost: int) -> float:

@@ -1,23 +1,20 @@
 """Runs tasks of EleutherAI's lm-evaluation-harness on checkpoints and keeps what comes out.
 
-A run is two files in the folder of a model, beside what ``nvvl evaluate`` keeps there:
-``lm-eval.json`` has settings and the results of each task, as the harness computed them;
-``lm-eval.jsonl`` every response. Given again, finished tasks are not run, and a task that was
-interrupted goes on with the responses there are. Tasks can be added one after the other; other
-settings need another folder.
+What is kept is in `nvvl.reports.harness_run`. Given again, finished tasks are not run, and a task
+that was interrupted goes on with the responses there are. Tasks can be added one after the other;
+other settings need another folder.
 
 The tasks named ``nvvl_...`` lie in ``lm_eval_tasks/`` and need no Hub. Any other name is the
 harness's own, whose data it fetches; that is then what the user asked for.
 """
 
 import difflib
-import json
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +24,17 @@ import numpy as np
 import torch
 
 import nvvl
-from nvvl.errors import DataError, HardwareError, OutputError
+from nvvl.errors import DataError, HardwareError
 from nvvl.quantize.load import load_any
+from nvvl.reports.harness_output import read_output
+from nvvl.reports.harness_run import (
+    RESPONSES_NAME,
+    HarnessRun,
+    HarnessSettings,
+    ItemScores,
+    TaskResult,
+)
+from nvvl.reports.harness_store import HarnessStore
 from nvvl.reports.run import describe_model, fingerprint
 
 if TYPE_CHECKING:
@@ -39,8 +45,6 @@ if TYPE_CHECKING:
 # (model and kind of request, answered so far, all)
 ProgressCallback = Callable[[str, int, int], None]
 
-RESULTS_NAME = "lm-eval.json"
-RESPONSES_NAME = "lm-eval.jsonl"
 TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
 
@@ -81,52 +85,6 @@ class HarnessOptions:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One number of a task.
-
-    Attributes:
-        name: such as ``acc``.
-        filter: which reading of the answers it is of; ``none`` for the answers as they are.
-        value: as the harness gives it.
-        stderr: its standard error, if the harness has one.
-    """
-
-    name: str
-    filter: str
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """What one task, or a group of tasks, came to.
-
-    Attributes:
-        num_items: items asked.
-        version: of the task.
-        num_shortened: requests that were longer than ``max_length``, of this call's tasks.
-    """
-
-    task: str
-    num_items: int | None
-    version: str | None
-    num_shortened: int
-    metrics: tuple[Metric, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarnessRun:
-    """The results of one model."""
-
-    out: Path
-    label: str
-    model: Path
-    format: str
-    settings: dict[str, Any]
-    results: tuple[TaskResult, ...]
-
-
 def run_tasks(
     folder: Path,
     out: Path,
@@ -159,20 +117,18 @@ def run_tasks(
     require_lm_eval()
     options = options or HarnessOptions()
     manager = _open_tasks(tasks, tasks_folder)
-    settings = _settings(folder, options, tasks_folder)
-    about = {"model": str(folder), **describe_model(folder)}
-    about = {"label": label or about["format"], **about}
-    finished = _read_finished(out, settings, overwrite)
-    missing = [task for task in tasks if task not in finished]
-    if missing:
-        with _quiet_harness(all_local=set(missing) <= set(LOCAL_TASKS)):
-            loaded = {task: _load_task(manager, task, options) for task in missing}
-            model = _load_model(folder, out, options, about["label"], progress)
-            _write(out, about | {"settings": settings, "tasks": finished})
+    store = HarnessStore.open(
+        _new_run(folder, out, options, tasks_folder, label), overwrite=overwrite
+    )
+    missing = [task for task in tasks if task not in store.run.tasks]
+    with _quiet_harness(all_local=set(missing) <= set(LOCAL_TASKS)):
+        loaded = {task: _load_task(manager, task, options) for task in missing}
+        store.begin(missing)
+        if missing:
+            model = _load_model(folder, out, options, store.run.label, progress)
             for task in missing:
-                finished[task] = _run_task(model, loaded[task], options)
-                _write(out, about | {"settings": settings, "tasks": finished})
-    return _to_run(out, about, settings, [finished[task] for task in tasks])
+                store.finish(task, *_run_task(model, loaded[task], options))
+    return store.run.select(tasks)
 
 
 def require_lm_eval() -> None:
@@ -185,15 +141,33 @@ def require_lm_eval() -> None:
         raise HardwareError("lm-eval is not installed; install it with: pip install 'nvvl[eval]'")
 
 
-def _settings(folder: Path, options: HarnessOptions, tasks_folder: Path | None) -> dict[str, Any]:
-    return {
-        **asdict(options),
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "model_sha256": fingerprint(folder),
-        "tasks_folder": None if tasks_folder is None else str(tasks_folder),
-        "lm_eval_version": version("lm-eval"),
-        "nvvl_version": nvvl.__version__,
-    }
+def _new_run(
+    folder: Path, out: Path, options: HarnessOptions, tasks_folder: Path | None, label: str | None
+) -> HarnessRun:
+    """Describe a run that has no results yet."""
+    about = describe_model(folder)
+    return HarnessRun(
+        out=out,
+        label=label or about["format"],
+        model=folder,
+        settings=HarnessSettings(
+            model_sha256=fingerprint(folder),
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            chat=options.chat,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            device=options.device,
+            dtype=str(options.dtype).removeprefix("torch."),
+            tasks_folder=None if tasks_folder is None else str(tasks_folder),
+            lm_eval_version=version("lm-eval"),
+            nvvl_version=nvvl.__version__,
+        ),
+        tasks={},
+        unfinished=(),
+        items={},
+        **about,
+    )
 
 
 def _open_tasks(tasks: Sequence[str], tasks_folder: Path | None) -> "TaskManager":
@@ -265,8 +239,10 @@ def _load_model(
     )
 
 
-def _run_task(model: "HarnessModel", loaded: Any, options: HarnessOptions) -> list[dict[str, Any]]:
-    """Run one task, or the tasks of a group, and return their results as plain values."""
+def _run_task(
+    model: "HarnessModel", loaded: Any, options: HarnessOptions
+) -> tuple[list[TaskResult], dict[str, tuple[ItemScores, ...]]]:
+    """Run one task, or the tasks of a group; return results and, by task, scores of the items."""
     from lm_eval.evaluator import evaluate
 
     before = model.num_shortened
@@ -276,39 +252,10 @@ def _run_task(model: "HarnessModel", loaded: Any, options: HarnessOptions) -> li
         limit=options.limit,
         apply_chat_template=options.chat,
         fewshot_as_multiturn=options.chat,
-        log_samples=False,
+        log_samples=True,
         bootstrap_iters=_BOOTSTRAP_DRAWS,
     )
-    shortened = model.num_shortened - before
-    return [_to_result(name, values, found, shortened) for name, values in found["results"].items()]
-
-
-def _to_result(
-    name: str, values: dict[str, Any], found: dict[str, Any], num_shortened: int
-) -> dict[str, Any]:
-    counts = found.get("n-samples", {}).get(name)
-    metrics = []
-    for key, value in values.items():
-        metric, separator, reading = key.partition(",")
-        if not separator or metric.endswith("_stderr"):
-            continue
-        stderr = values.get(f"{metric}_stderr,{reading}")
-        metrics.append(
-            {
-                "name": metric,
-                "filter": reading,
-                "value": float(value),
-                "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-            }
-        )
-    label = found.get("versions", {}).get(name)
-    return {
-        "task": name,
-        "num_items": None if counts is None else counts["effective"],
-        "version": None if label is None else str(label),
-        "num_shortened": num_shortened,
-        "metrics": metrics,
-    }
+    return read_output(found, loaded["tasks"], num_shortened=model.num_shortened - before)
 
 
 @contextmanager
@@ -329,55 +276,3 @@ def _quiet_harness(*, all_local: bool) -> Iterator[None]:
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = serial
-
-
-def _read_finished(
-    out: Path, settings: dict[str, Any], overwrite: bool
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the results a folder has, by task; make the folder if there is none."""
-    path = out / RESULTS_NAME
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RESPONSES_NAME).unlink(missing_ok=True)  # of which settings, nobody knows
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        stored, tasks = values["settings"], dict(values["tasks"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not results of nvvl lm-eval ({error!r})") from None
-    if stored == settings:
-        return tasks
-    differ = sorted(k for k in stored.keys() | settings if stored.get(k) != settings.get(k))
-    if not overwrite:
-        raise OutputError(
-            f"{out}: has results with other settings ({', '.join(differ)}); choose another "
-            "folder, or say --overwrite"
-        )
-    path.unlink()
-    (out / RESPONSES_NAME).unlink(missing_ok=True)
-    return {}
-
-
-def _write(out: Path, values: dict[str, Any]) -> None:
-    """Replace the results at once, so that a kill leaves the old ones."""
-    temporary = out / f".{RESULTS_NAME}"
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / RESULTS_NAME)
-
-
-def _to_run(
-    out: Path, about: dict[str, Any], settings: dict[str, Any], found: list[Any]
-) -> HarnessRun:
-    results = [
-        TaskResult(**{**entry, "metrics": tuple(Metric(**m) for m in entry["metrics"])})
-        for entries in found
-        for entry in entries
-    ]
-    return HarnessRun(
-        out=out,
-        label=about["label"],
-        model=Path(about["model"]),
-        format=about["format"],
-        settings=settings,
-        results=tuple(results),
-    )

@@ -1,6 +1,5 @@
 """The verb ``nvvl lm-eval``."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,8 @@ def lm_eval(
     """Run tasks of the lm-evaluation-harness (text alone); goes on where it stopped."""
     from nvvl.console import print_json, print_table, show_progress
     from nvvl.reports.harness import HarnessOptions, require_lm_eval, run_tasks
-    from nvvl.reports.harness_text import harness_table
+    from nvvl.reports.harness_text import task_table
+    from nvvl.reports.tasks import compare_tasks
 
     require_lm_eval()
     tasks = [name.strip() for names in task for name in names.split(",") if name.strip()]
@@ -75,7 +75,8 @@ def lm_eval(
             for folder, name in name_models(models, label).items()
         ]
     if as_json:
-        print_json([asdict(run) | {"out": str(run.out), "model": str(run.model)} for run in runs])
+        print_json([run.to_dict() | {"out": str(run.out)} for run in runs])
         return
-    print_table(harness_table(runs))
+    labels = [run.label for run in runs]
+    print_table(task_table(compare_tasks(runs, labels[0]), labels, labels[0]))
     print(*(run.out for run in runs), sep="\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import OutputError
+from nvvl.reports.harness_run import ITEMS_NAME, RESPONSES_NAME, RESULTS_NAME
 from nvvl.reports.run import (
     ANSWERS_NAME,
     SETTINGS_NAME,
@@ -69,12 +70,12 @@ class Journal:
                 raise OutputError(
                     f"{out}: holds a run with {difference}; give another folder or --overwrite"
                 )
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or not _holds_tasks_alone(out)):
             raise OutputError(f"{out}: required a new or empty folder; give another one")
         out.mkdir(parents=True, exist_ok=True)
         values = {**about, "settings": asdict(settings)}
-        _replace_text(path, json.dumps(values, indent=2) + "\n")
-        _replace_text(answers_path, "".join(_to_line(answer) for answer in answers.values()))
+        replace_text(path, json.dumps(values, indent=2) + "\n")
+        replace_text(answers_path, "".join(_to_line(answer) for answer in answers.values()))
         return cls(out, settings, answers)
 
     def append(self, answers: Iterable[Answer]) -> None:
@@ -89,7 +90,7 @@ class Journal:
     def finish(self) -> RunResult:
         """Put the answers in the order of the suites and return the run."""
         ordered = [self.answers[key] for key in self.settings.expected_keys()]
-        _replace_text(self.out / ANSWERS_NAME, "".join(_to_line(answer) for answer in ordered))
+        replace_text(self.out / ANSWERS_NAME, "".join(_to_line(answer) for answer in ordered))
         return load_run(self.out)
 
 
@@ -102,7 +103,12 @@ def _describe_difference(present: Settings, asked: Settings) -> str | None:
     return None
 
 
-def _replace_text(path: Path, text: str) -> None:
+def _holds_tasks_alone(out: Path) -> bool:
+    """Tell whether a folder is empty but for results of the harness, which may lie there too."""
+    return {path.name for path in out.iterdir()} <= {RESULTS_NAME, ITEMS_NAME, RESPONSES_NAME}
+
+
+def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")

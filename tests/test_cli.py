@@ -375,7 +375,7 @@ def test_lm_eval_prints_standard_errors_of_each_model(source: Path, tmp_path: Pa
     assert "0.0000 ± 0.0000" in done.stdout
     assert "first 4 items" in done.stdout
     (values,) = json.loads(run(*arguments, "--label", "one", "--json").stdout)
-    assert [result["task"] for result in values["results"]] == ["nvvl_copy", "nvvl_prose"]
+    assert list(values["tasks"]) == ["nvvl_copy", "nvvl_prose"]
 
 
 @pytest.mark.slow  # the harness looks through its 14,000 tasks

@@ -11,6 +11,7 @@ from nvvl.reports.compare import (
     bootstrap_ratio,
     mcnemar_test,
     paired_difference,
+    paired_ratios,
     recovery_percent,
     wilson_interval,
 )
@@ -152,3 +153,29 @@ def test_ratio_of_sums_weighs_items_by_their_tokens() -> None:
 def test_ratio_needs_items_with_tokens(numerators: list[float], denominators: list[float]) -> None:
     with pytest.raises(ValueError, match="required"):
         bootstrap_ratio(numerators, denominators)
+
+
+def test_paired_ratios_of_equal_weights_are_a_paired_difference() -> None:
+    generator = np.random.default_rng(2)
+    before, after = generator.normal(size=(2, 60))
+    found = paired_ratios(before, after, np.full(60, 3.0), lambda ratios: 3 * ratios)
+    expected = paired_difference(before, after)  # the same draws
+    assert found.estimate == pytest.approx(expected.estimate)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.n == 60
+
+
+@pytest.mark.parametrize(
+    ("baseline", "values", "weights"),
+    [
+        ([], [], []),
+        ([1.0], [1.0, 2.0], [1.0]),
+        ([1.0], [float("nan")], [1.0]),
+        ([1.0], [1.0], [0.0]),
+    ],
+)
+def test_paired_ratios_need_the_same_items_with_weights(
+    baseline: list[float], values: list[float], weights: list[float]
+) -> None:
+    with pytest.raises(ValueError, match="paired_ratios: required"):
+        paired_ratios(baseline, values, weights, np.exp)

@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -19,6 +21,9 @@ from nvvl.reports.harness import LOCAL_TASKS, HarnessOptions, run_tasks
 from nvvl.reports.harness_data import copies, next_words, prose
 from nvvl.reports.harness_journal import ResponseJournal
 from nvvl.reports.harness_model import HarnessModel
+from nvvl.reports.harness_run import load_harness_run
+from nvvl.reports.harness_text import make_task_rows
+from nvvl.reports.tasks import compare_tasks
 
 TEXTS = ["the thing in the thing", "in the", "a longer text about the thing, in the end", "x"]
 
@@ -243,6 +248,68 @@ def test_runs_are_kept_and_tasks_added(
     stored = json.loads((tmp_path / "lm-eval.json").read_text())
     assert list(stored["tasks"]) == ["nvvl_copy", "nvvl_prose"]
     assert stored["settings"]["limit"] == 6
+
+
+def test_scores_of_every_item_are_kept(
+    tiny_checkpoint: Path, tmp_path: Path, options: HarnessOptions
+) -> None:
+    run = run_tasks(
+        tiny_checkpoint, tmp_path, ["nvvl_copy", "nvvl_prose", "nvvl_next_words"], options
+    )
+    assert load_harness_run(tmp_path) == run
+    for result in run.results:
+        items = run.items[result.task]
+        assert [item.index for item in items] == list(range(6))
+        assert len({item.sha256 for item in items}) == 6
+        for metric in result.metrics:
+            scores = np.array([item.scores[metric.key] for item in items])
+            if metric.aggregation == "mean":
+                expected = scores.mean()
+            else:
+                nats = -scores[:, 0].sum() / scores[:, 1].sum()
+                expected = nats / math.log(2) if metric.name == "bits_per_byte" else math.exp(nats)
+            assert metric.value == pytest.approx(expected), metric.name
+
+
+def test_items_are_known_by_what_was_asked(
+    tiny_checkpoint: Path, tmp_path: Path, options: HarnessOptions
+) -> None:
+    few = replace(options, num_fewshot=1)
+    alike, again, other = (
+        run_tasks(tiny_checkpoint, tmp_path / name, ["nvvl_copy"], how, label=name)
+        for name, how in (("a", options), ("b", replace(options, batch_size=2)), ("c", few))
+    )
+    hashes = [[item.sha256 for item in run.items["nvvl_copy"]] for run in (alike, again, other)]
+    assert hashes[0] == hashes[1]
+    assert not set(hashes[0]) & set(hashes[2])
+    (task,) = compare_tasks([alike, again], "a")
+    difference = task.metrics[0].scores["b"].difference
+    assert difference is not None
+    assert difference.p_value is not None
+    with pytest.raises(DataError, match=r"num_fewshot 1 \(there 0\)"):
+        compare_tasks([alike, other], "a")
+
+
+def test_group_has_a_number_and_no_items(
+    tiny_checkpoint: Path, tmp_path: Path, options: HarnessOptions
+) -> None:
+    (tmp_path / "pair.yaml").write_text(
+        "group: pair\ntask: [nvvl_next_words]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
+    runs = [
+        run_tasks(
+            tiny_checkpoint, tmp_path / name, ["pair"], options, label=name, tasks_folder=tmp_path
+        )
+        for name in ("a", "b")
+    ]
+    assert list(runs[0].items) == ["nvvl_next_words"]
+    tasks = {task.task: task for task in compare_tasks(runs, "a")}
+    assert (tasks["pair"].num_items, tasks["nvvl_next_words"].num_items) == (None, 6)
+    assert tasks["pair"].metrics[0].scores["b"].difference is None
+    assert tasks["nvvl_next_words"].metrics[0].scores["b"].difference is not None
+    _, rows = make_task_rows(list(tasks.values()), ["a", "b"], "a")
+    assert rows.about.startswith("a group of tasks")
 
 
 def test_other_settings_need_another_folder(

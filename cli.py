@@ -75,7 +75,7 @@ app.command("lm-eval", epilog="Example: nvvl lm-eval embedded OUT --task nvvl_ne
     lm_eval
 )
 app.command(epilog="Example: nvvl sweep evs embedded OUT -o sweep")(sweep)
-app.command(epilog="Example: nvvl report runs/embedded runs/OUT -o report.html")(report)
+app.command(epilog="Example: nvvl report runs/embedded runs/OUT tasks/embedded tasks/OUT")(report)
 calib_app.command("build", epilog="Example: nvvl calib build my-set.toml my-set")(
     build_calibration_set
 )

@@ -10,8 +10,9 @@ import json
 
 from nvvl.reports.collect import Report, RunScore
 from nvvl.reports.evidence import Evidence
+from nvvl.reports.harness_text import describe_harness, make_task_rows, name_metric
 from nvvl.reports.page import format_size, open_templates
-from nvvl.reports.render import NOTES, make_rows
+from nvvl.reports.render import make_notes, make_rows
 
 
 def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
@@ -28,6 +29,7 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
     if evidence.manifest is None or evidence.recipe is None:
         raise ValueError(f"{run.label}: required a checkpoint that nvvl wrote")
     place = report.runs.index(run)
+    tasks = [task for task in report.tasks if run.label in task.outs]
     return (
         open_templates()
         .get_template("card.md")
@@ -43,7 +45,11 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
             size=format_size(run.weights_bytes),
             baseline_size=format_size(report.runs[0].weights_bytes),
             rows=[(row.name, row.cells[0], row.cells[place]) for row in make_rows(report)],
-            notes=NOTES,
+            tasks=tasks,
+            task_rows=make_task_rows(tasks, [report.baseline, run.label], report.baseline),
+            harness=describe_harness(tasks),
+            name_metric=name_metric,
+            notes=make_notes(report),
             quote=json.dumps,  # a JSON string is a YAML string
         )
     )

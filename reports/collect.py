@@ -1,19 +1,20 @@
 """Turn the answers of several runs into one comparison.
 
-Every run must have been asked the same items (equal hashes), so each difference is taken item by
+Every run was asked the same items (`nvvl.reports.comparable`), so each difference is taken item by
 item. Numbers come with the interval that their item count allows: Wilson's for exact match, a
 bootstrap over items for everything else. KL is averaged over the tokens of an answer first and
 over items then, so long answers do not outweigh short ones. Perplexity is that of all tokens, as
-language models are compared.
+language models are compared. Results of the lm-evaluation-harness stand beside all this, as
+`nvvl.reports.tasks` compares them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nvvl
-from nvvl.errors import DataError
+from nvvl.reports.comparable import load_runs, require_comparable
 from nvvl.reports.compare import (
     Interval,
     bootstrap_intervals,
@@ -24,7 +25,9 @@ from nvvl.reports.compare import (
     wilson_interval,
 )
 from nvvl.reports.curves import Depth, Sweep, load_curves
-from nvvl.reports.run import Answer, RunResult, load_run
+from nvvl.reports.harness_run import HarnessRun
+from nvvl.reports.run import Answer, RunResult
+from nvvl.reports.tasks import TaskComparison, compare_tasks
 
 SIGNIFICANCE = 0.05
 
@@ -99,7 +102,9 @@ class RunScore:
     """One row of the comparison.
 
     Attributes:
+        out: folder of the answers; where there are none, of the harness's results.
         verified: whether `nvvl verify` passed; None if it was not run, as for the source.
+        suites: empty for a model that only the harness asked.
         kl: over all suites; None where it was not measured.
         top1: over all suites.
     """
@@ -125,21 +130,25 @@ class Report:
 
     Attributes:
         baseline: label of the run that the others are compared with.
+        seed: of the suites' items; None where no run has answers to suites.
+        num_items: of each suite; None as above.
         sweeps: accuracy against speed while a setting changes, of any models.
         depths: noise along the layers, of any models.
+        tasks: results of the lm-evaluation-harness.
     """
 
     nvvl_version: str
     baseline: str
-    seed: int
-    num_items: int
+    seed: int | None
+    num_items: int | None
     runs: tuple[RunScore, ...]
     sweeps: tuple[Sweep, ...] = ()
     depths: tuple[Depth, ...] = ()
+    tasks: tuple[TaskComparison, ...] = ()
 
 
 def collect(
-    runs: Sequence[RunResult | Path],
+    runs: Sequence[RunResult | HarnessRun | Path],
     *,
     verified: Mapping[str, bool] | None = None,
     curves: Sequence[Path] = (),
@@ -147,35 +156,39 @@ def collect(
     """Compare runs with the first of them.
 
     Args:
-        runs: finished runs, or their folders; the first is the baseline.
+        runs: finished runs, or their folders; the first is the baseline. Answers to suites and
+            results of the harness that have one label are one row.
         verified: by run label, whether `nvvl verify` passed.
         curves: folders of ``nvvl sweep``.
 
     Raises:
-        DataError: if there is no run, two have one label, a run is unfinished, the runs were asked
-            different items, or a folder of curves holds none.
+        DataError: if there is no run, two of a kind have one label, a run is unfinished, the runs
+            were asked different items, or a folder of curves holds none.
     """
-    loaded = [run if isinstance(run, RunResult) else load_run(run) for run in runs]
-    if not loaded:
-        raise DataError("report: required at least one run, got none")
-    _require_comparable(loaded)
-    baseline = loaded[0]
+    loaded = load_runs(runs)
+    require_comparable(loaded)
+    baseline = loaded[0].label
+    evaluated = [run for run in loaded if isinstance(run, RunResult)]
+    # Answers to suites say more of a model than the harness's results, so they make the row.
+    rows = {run.label: run for run in loaded} | {run.label: run for run in evaluated}
     verdicts = verified or {}
     found = [load_curves(folder) for folder in curves]
     return Report(
         nvvl_version=nvvl.__version__,
-        baseline=baseline.label,
-        seed=baseline.settings.seed,
-        num_items=baseline.settings.num_items,
-        runs=tuple(_score_run(run, baseline, verdicts.get(run.label)) for run in loaded),
+        baseline=baseline,
+        seed=evaluated[0].settings.seed if evaluated else None,
+        num_items=evaluated[0].settings.num_items if evaluated else None,
+        runs=tuple(_score_run(run, evaluated, verdicts.get(label)) for label, run in rows.items()),
         sweeps=tuple(sweep for sweeps, _ in found for sweep in sweeps),
         depths=tuple(depth for _, depths in found for depth in depths),
+        tasks=compare_tasks([run for run in loaded if isinstance(run, HarnessRun)], baseline),
     )
 
 
-def _score_run(run: RunResult, baseline: RunResult, verified: bool | None) -> RunScore:
-    kl, top1 = _divergence([a for a in run.answers if a.condition == "right"])
-    return RunScore(
+def _score_run(
+    run: RunResult | HarnessRun, evaluated: Sequence[RunResult], verified: bool | None
+) -> RunScore:
+    score = RunScore(
         label=run.label,
         format=run.format,
         model=str(run.model),
@@ -185,6 +198,17 @@ def _score_run(run: RunResult, baseline: RunResult, verified: bool | None) -> Ru
         weights_bytes=run.weights_bytes,
         folder_bytes=run.folder_bytes,
         verified=verified,
+        suites={},
+        kl=None,
+        top1=None,
+        gate=None,
+    )
+    if isinstance(run, HarnessRun):
+        return score
+    baseline = evaluated[0]
+    kl, top1 = _divergence([a for a in run.answers if a.condition == "right"])
+    return replace(
+        score,
         suites={
             suite: _score_suite(
                 metric, run.select(suite), None if run is baseline else baseline.select(suite)
@@ -279,24 +303,3 @@ def _divergence(answers: Sequence[Answer]) -> tuple[Interval | None, Interval | 
         return None, None
     kl, top1 = bootstrap_intervals(measured)
     return kl, top1
-
-
-def _require_comparable(runs: Sequence[RunResult]) -> None:
-    labels = [run.label for run in runs]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise DataError(
-            f"report: two runs are labelled {', '.join(twice)}; evaluate with another --label"
-        )
-    baseline = runs[0]
-    asked = {a.key: a.item_sha256 for a in baseline.answers if a.condition == "right"}
-    for run in runs[1:]:
-        hashes = {a.key: a.item_sha256 for a in run.answers if a.condition == "right"}
-        if hashes != asked:
-            keys = asked.keys() | hashes.keys()
-            differing = sorted(key for key in keys if asked.get(key) != hashes.get(key))
-            suite, _, index = differing[0]
-            raise DataError(
-                f"{run.out}: {len(differing)} items differ from those of {baseline.out}, first "
-                f"{suite} {index}; evaluate both with the same suites, number of items and seed"
-            )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ from nvvl.options import (
     SeedOption,
     choose_device,
 )
+
+if TYPE_CHECKING:
+    from nvvl.reports.run import RunResult
 
 ItemsOption = Annotated[int, typer.Option(min=1, help="Items of each suite.")]
 TeacherOption = Annotated[
@@ -76,7 +79,7 @@ def evaluate(
         max_num_tiles=max_tiles,
     )
     with show_progress() as progress:
-        evaluate_models(
+        results = evaluate_models(
             runs,
             find_suites(suite or DEFAULT_SUITES),
             options,
@@ -84,7 +87,7 @@ def evaluate(
             overwrite=overwrite,
             progress=progress,
         )
-    _show_report([run.out for run in runs], out, as_json)
+    _show_report(results, out, as_json)
 
 
 def sweep(
@@ -181,7 +184,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Folders of nvvl evaluate; the first is compared to."
+            metavar="RUN...",
+            help="Folders of nvvl evaluate and of nvvl lm-eval; the first is compared to.",
         ),
     ],
     *,
@@ -250,15 +254,16 @@ def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Pat
 
 
 def _show_report(
-    runs: Sequence[Path],
+    runs: "Sequence[RunResult | Path]",
     out: Path,
     as_json: bool,
     *,
     proofs: Sequence[Path] = (),
     sweeps: Sequence[Path] = (),
 ) -> None:
-    """Compare runs, write everything about them and print the table."""
+    """Compare runs, write everything about them and print the tables."""
     from nvvl.console import print_json, print_table
+    from nvvl.reports.harness_text import task_table
     from nvvl.reports.publish import publish
     from nvvl.reports.render import make_table
 
@@ -266,7 +271,11 @@ def _show_report(
     if as_json:
         print_json(asdict(published.report))
         return
-    print_table(make_table(published.report))
+    compared = published.report
+    print_table(make_table(compared))
+    if compared.tasks:
+        labels = [run.label for run in compared.runs]
+        print_table(task_table(compared.tasks, labels, compared.baseline))
     print(*published.paths, sep="\n")
 
 

@@ -21,6 +21,7 @@ from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.staging import MANIFEST_NAME
 from nvvl.reports.deployment import Engines, find_engines
+from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.run import RunResult
 
 # Name of a proof beside the checkpoint whose name is put in.
@@ -83,7 +84,9 @@ class Evidence:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def gather_evidence(runs: Sequence[RunResult], proofs: Sequence[Path] = ()) -> dict[str, Evidence]:
+def gather_evidence(
+    runs: Sequence[RunResult | HarnessRun], proofs: Sequence[Path] = ()
+) -> dict[str, Evidence]:
     """Read what is known of the checkpoints behind some runs.
 
     Args:

@@ -14,10 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from nvvl.reports.collect import Report, RunScore
 from nvvl.reports.curve_plots import plot_depth, plot_sweep
 from nvvl.reports.evidence import Evidence
-from nvvl.reports.examples import find_examples
+from nvvl.reports.examples import SuiteExamples, find_examples
+from nvvl.reports.harness_run import HarnessRun
+from nvvl.reports.harness_text import describe_harness, make_task_rows
 from nvvl.reports.plots import SHAPES, plot_forest, plot_noise, plot_sizes, shape_of
 from nvvl.reports.published import PUBLISHED_TABLES
-from nvvl.reports.render import NOTES, make_rows
+from nvvl.reports.render import make_notes, make_rows
 from nvvl.reports.run import RunResult
 from nvvl.reports.suites import SUITES
 
@@ -44,7 +46,25 @@ class Summary:
     sees_the_image: bool | None
 
 
-def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str, Evidence]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What the page says of where a run comes from.
+
+    Attributes:
+        answers: to suites; None where they were not asked.
+        tasks: results of the harness.
+        known: of the checkpoint.
+    """
+
+    score: RunScore
+    answers: RunResult | None
+    tasks: tuple[HarnessRun, ...]
+    known: Evidence
+
+
+def render_page(
+    report: Report, runs: Sequence[RunResult | HarnessRun], evidence: Mapping[str, Evidence]
+) -> str:
     """Return the HTML page of a comparison.
 
     Args:
@@ -54,8 +74,6 @@ def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str
     """
     labels = [run.label for run in report.runs]
     proofs = {label: proof for label in labels if (proof := evidence[label].proof) is not None}
-    num_suites = len(report.runs[0].suites)
-    per_suite = min(_EXAMPLES_PER_SUITE, max(1, _EXAMPLES_IN_ALL // num_suites))
     return (
         open_templates()
         .get_template("report.html")
@@ -64,7 +82,9 @@ def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str
             labels=labels,
             summaries=[_summarize(run, report.runs[0]) for run in report.runs],
             rows=make_rows(report),
-            notes=NOTES,
+            task_rows=make_task_rows(report.tasks, labels, report.baseline),
+            harness=describe_harness(report.tasks),
+            notes=make_notes(report),
             forest=plot_forest(report),
             sizes=plot_sizes(report),
             noise=plot_noise({label: proof.sqnr_db for label, proof in proofs.items()}, labels),
@@ -72,9 +92,9 @@ def render_page(report: Report, runs: Sequence[RunResult], evidence: Mapping[str
             sweeps=[plot_sweep(sweep) for sweep in report.sweeps],
             shapes=SHAPES,
             shape_of=shape_of,
-            suites=find_examples(runs, per_suite=per_suite) if len(runs) > 1 else [],
+            suites=_find_examples([run for run in runs if isinstance(run, RunResult)]),
             descriptions={name: suite.description for name, suite in SUITES.items()},
-            runs=list(zip(report.runs, runs, [evidence[label] for label in labels], strict=True)),
+            runs=[_trace(score, runs, evidence[score.label]) for score in report.runs],
             published=PUBLISHED_TABLES,
         )
     )
@@ -103,6 +123,24 @@ def signed(points: float) -> str:
 def format_size(num_bytes: int) -> str:
     """Format a size in decimal MB or GB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 2e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _find_examples(runs: Sequence[RunResult]) -> list[SuiteExamples]:
+    if len(runs) < 2:
+        return []
+    num_suites = len(runs[0].settings.suites)
+    per_suite = min(_EXAMPLES_PER_SUITE, max(1, _EXAMPLES_IN_ALL // num_suites))
+    return find_examples(runs, per_suite=per_suite)
+
+
+def _trace(score: RunScore, runs: Sequence[RunResult | HarnessRun], known: Evidence) -> Provenance:
+    mine = [run for run in runs if run.label == score.label]
+    return Provenance(
+        score=score,
+        answers=next((run for run in mine if isinstance(run, RunResult)), None),
+        tasks=tuple(run for run in mine if isinstance(run, HarnessRun)),
+        known=known,
+    )
 
 
 def _summarize(run: RunScore, baseline: RunScore) -> Summary:

@@ -124,7 +124,7 @@ class _Scale:
 
 def plot_forest(report: Report) -> Forest | None:
     """Lay out the differences to the baseline; None if there is only the baseline."""
-    if len(report.runs) < 2:
+    if sum(bool(run.suites) for run in report.runs) < 2:
         return None
     pairs = [(run, suite) for run in report.runs[1:] for suite in run.suites]
     intervals = [_points(run, suite) for run, suite in pairs]
@@ -142,7 +142,7 @@ def plot_forest(report: Report) -> Forest | None:
                 tuple(
                     _forest_row(run, suite, series, scale)
                     for series, run in enumerate(report.runs)
-                    if series
+                    if series and run.suites
                 ),
             )
             for suite in report.runs[0].suites
@@ -156,7 +156,7 @@ def plot_sizes(report: Report) -> list[Scatter]:
     unit, sizes = ("GB", [size / 1e3 for size in sizes]) if max(sizes) >= 2e3 else ("MB", sizes)
     plots = []
     for suite, baseline in report.runs[0].suites.items():
-        scores = [run.suites[suite].score for run in report.runs]
+        scores = [run.suites[suite].score for run in report.runs if run.suites]
         low, high = 100 * min(s.low for s in scores), 100 * max(s.high for s in scores)
         name = suite.replace("_", " ")
         metric = baseline.metric.replace("_", " ")
@@ -174,9 +174,9 @@ def plot_sizes(report: Report) -> list[Scatter]:
                 hint=f"{run.label}: {size:.2f} {unit}, {100 * score.estimate:.1f} % "
                 f"[{100 * score.low:.1f}, {100 * score.high:.1f}]",
             )
-            for series, (run, size, score) in enumerate(
-                zip(report.runs, sizes, scores, strict=True)
-            )
+            for series, (run, size) in enumerate(zip(report.runs, sizes, strict=True))
+            if run.suites
+            for score in [run.suites[suite].score]
         ]
         plots.append(
             Scatter(

@@ -13,10 +13,12 @@ from pathlib import Path
 from nvvl.errors import OutputError
 from nvvl.reports.card import render_card
 from nvvl.reports.collect import Report, collect
+from nvvl.reports.comparable import load_runs
 from nvvl.reports.evidence import gather_evidence
+from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.page import render_page
 from nvvl.reports.render import write_report
-from nvvl.reports.run import RunResult, load_run
+from nvvl.reports.run import RunResult
 
 PAGE_SUFFIX = ".html"
 
@@ -42,7 +44,7 @@ class Publication:
 
 
 def publish(
-    runs: Sequence[RunResult | Path],
+    runs: Sequence[RunResult | HarnessRun | Path],
     out: Path,
     *,
     proofs: Sequence[Path] = (),
@@ -59,10 +61,10 @@ def publish(
         sweeps: folders of ``nvvl sweep``.
 
     Raises:
-        DataError: as `collect` and `gather_evidence`.
+        DataError: as `load_runs`, `collect` and `gather_evidence`.
         OutputError: if something cannot be written.
     """
-    loaded = [run if isinstance(run, RunResult) else load_run(run) for run in runs]
+    loaded = load_runs(runs)
     evidence = gather_evidence(loaded, proofs)
     verified = {
         label: known.proof.passed for label, known in evidence.items() if known.proof is not None

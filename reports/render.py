@@ -16,6 +16,7 @@ from rich.table import Table
 from nvvl.errors import OutputError
 from nvvl.reports.collect import Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
+from nvvl.reports.harness_text import TASK_NOTES, describe_harness, make_task_rows
 from nvvl.reports.metrics import TOKEN_PROBABILITY
 
 _NONE = "-"
@@ -65,16 +66,18 @@ def render_markdown(report: Report) -> str:
         _markdown_line(["---", *("---:" for _ in labels)]),
         *(_markdown_line([row.name, *row.cells]) for row in make_rows(report)),
         "",
+        *(_markdown_tasks(report, labels) if report.tasks else []),
         "## Runs",
         "",
     ]
     for run in report.runs:
+        outs = [task.outs[run.label] for task in report.tasks if run.label in task.outs]
         lines += [
             f"- **{run.label}**: {run.model} ({run.format}, computed in {run.dtype}, "
             f"{run.folder_bytes:,} bytes in all files, sha256 {run.model_sha256[:16]}), "
-            f"answers in {run.out}"
+            f"answers in {', '.join(dict.fromkeys([run.out, *outs]))}"
         ]
-    lines += ["", "## How to read this", "", *(f"- {note}" for note in NOTES), ""]
+    lines += ["", "## How to read this", "", *(f"- {note}" for note in make_notes(report)), ""]
     return "\n".join(lines)
 
 
@@ -98,23 +101,31 @@ def make_rows(report: Report) -> list[Row]:
         _row(report, "weights, bytes", lambda run: f"{run.weights_bytes:,}"),
     ]
     for suite, score in report.runs[0].suites.items():
-        scores = [run.suites[suite] for run in report.runs]
+        scores = [run.suites.get(suite) for run in report.runs]
         name = f"{suite}: {score.metric}, %".replace("_", " ")
-        rows.append(Row(name, tuple(_percent(score.score) for score in scores)))
+        cells = tuple(_NONE if found is None else _percent(found.score) for found in scores)
+        rows.append(Row(name, cells))
         rows.append(Row(f"- less {report.baseline}", tuple(_points(score) for score in scores)))
         if score.metric == TOKEN_PROBABILITY:
-            cells = tuple(_plain(score.perplexity) for score in scores)
+            cells = tuple(_NONE if found is None else _plain(found.perplexity) for found in scores)
             rows.append(Row(f"{suite}: perplexity".replace("_", " "), cells))
-    rows += [
-        _row(report, "KL to teacher, nats", lambda run: _small(run.kl)),
-        _row(report, "top-1 agreement, %", lambda run: _percent(run.top1)),
-        _row(report, "sees the image", _gate),
-        _row(report, "verified", _verdict),
-    ]
+    if report.runs[0].suites:
+        rows += [
+            _row(report, "KL to teacher, nats", lambda run: _small(run.kl)),
+            _row(report, "top-1 agreement, %", lambda run: _percent(run.top1)),
+            _row(report, "sees the image", _gate),
+        ]
+    rows.append(_row(report, "verified", _verdict))
     return rows
 
 
-NOTES = (
+def make_notes(report: Report) -> tuple[str, ...]:
+    """Return how to read what a report has."""
+    suites = _SUITE_NOTES if report.runs[0].suites else ()
+    return (*suites, *(TASK_NOTES if report.tasks else ()))
+
+
+_SUITE_NOTES = (
     "report.json has exact match, character error rate, ANLS, perplexity, KL, top-1 agreement and "
     "McNemar's test of every suite, unrounded.",
     "Differences are taken item by item over the same items, in percentage points, with a paired "
@@ -130,7 +141,25 @@ def _row(report: Report, name: str, cell: Callable[[RunScore], str]) -> Row:
     return Row(name, tuple(cell(run) for run in report.runs))
 
 
+def _markdown_tasks(report: Report, labels: Sequence[str]) -> list[str]:
+    """Return the section of the harness's tasks, with a blank line at its end."""
+    lines = [
+        "## Tasks of the lm-evaluation-harness",
+        "",
+        f"{describe_harness(report.tasks)}. ± is its standard error.",
+        "",
+        _markdown_line(["", *labels]),
+        _markdown_line(["---", *("---:" for _ in labels)]),
+    ]
+    for task in make_task_rows(report.tasks, labels, report.baseline):
+        lines.append(_markdown_line([f"**{task.task}**: {task.about}", *("" for _ in labels)]))
+        lines += [_markdown_line([name, *cells]) for name, cells in task.rows]
+    return [*lines, ""]
+
+
 def _describe_items(report: Report) -> str:
+    if report.num_items is None:
+        return f"nvvl {report.nvvl_version}."
     return f"{report.num_items:,} items a suite, seed {report.seed}, nvvl {report.nvvl_version}."
 
 
@@ -145,8 +174,8 @@ def _plain(value: Interval) -> str:
     return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"
 
 
-def _points(suite: SuiteScore) -> str:
-    if suite.difference is None:
+def _points(suite: SuiteScore | None) -> str:
+    if suite is None or suite.difference is None:
         return _NONE
     score = suite.difference.score
     return f"{_signed(score.estimate)} [{_signed(score.low)}, {_signed(score.high)}]"

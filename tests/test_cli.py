@@ -378,6 +378,16 @@ def test_lm_eval_prints_standard_errors_of_each_model(source: Path, tmp_path: Pa
     assert list(values["tasks"]) == ["nvvl_copy", "nvvl_prose"]
 
 
+def test_report_takes_folders_of_lm_eval(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    run("lm-eval", source, "--task", "nvvl_copy", "--limit", 4, "-o", out, "--label", "one")
+    done = run("report", out / "one", "-o", tmp_path / "tasks.html")
+    assert done.exit_code == 0, done.output
+    assert "exact_match (stripped)" in done.stdout
+    assert "Tasks of the lm-evaluation-harness" in (tmp_path / "tasks.html").read_text()
+    assert_user_error(run("report", out, "-o", tmp_path), "has no run.json and no lm-eval.json")
+
+
 @pytest.mark.slow  # the harness looks through its 14,000 tasks
 def test_lm_eval_names_tasks_near_a_mistyped_one(source: Path, tmp_path: Path) -> None:
     done = run("lm-eval", source, "--task", "arc_esay", "-o", tmp_path)

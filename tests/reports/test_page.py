@@ -22,6 +22,8 @@ from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.depth import measure_depth
 from nvvl.reports.evaluate import Candidate, Options, evaluate
+from nvvl.reports.harness import HarnessOptions, run_tasks
+from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.publish import Publication, publish
 from nvvl.reports.suites import find_suites
 from nvvl.reports.sweep import run_sweep
@@ -89,7 +91,7 @@ def published(
     out = folder / "w4"
     quantize_checkpoint(source, out, load_recipe("nvfp4-w4a16"), None, command=("nvvl", "<test>"))
     verify(out, source, logits=False).write_report(folder / "verify-w4.json")
-    runs = evaluate(
+    evaluate(
         [
             Candidate(folder=source, out=folder / "runs" / "bf16", label="BF16"),
             Candidate(folder=out, out=folder / "runs" / "w4", label="W4 <b>"),
@@ -100,6 +102,10 @@ def published(
         teacher=source,
     )
     labels = {"BF16": source, "W4 <b>": out}
+    folders = [folder / "runs" / "bf16", folder / "runs" / "w4"]
+    for run, (label, checkpoint) in zip(folders, labels.items(), strict=True):
+        tasks = ["nvvl_next_words", "nvvl_prose"]
+        run_tasks(checkpoint, run, tasks, HarnessOptions(limit=4), label=label)
     options = Options(num_items=2, gate_items=0)
     for kind, name, values in (("evs", "video", (0.0, 0.5)), ("tiles", "page", (1, 4))):
         suites = [replace(suite, max_new_tokens=8) for suite in find_suites([name])]
@@ -115,7 +121,7 @@ def published(
         )
     measure_depth({"W4 <b>": out}, source, folder / "curves" / "evs", suites, num_items=2)
     curves = [folder / "curves" / kind for kind in ("evs", "tiles")]
-    return publish(runs, folder / "report.html", sweeps=curves)
+    return publish(folders, folder / "report.html", sweeps=curves)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +215,7 @@ def test_the_page_is_well_formed_and_accessible(page: str) -> None:
     assert outline.unbalanced == []
     assert outline.all("html")[0]["lang"] == "en"
     assert all(image.get("alt") for image in outline.all("img"))
-    assert all(cell.get("scope") in ("row", "col") for cell in outline.all("th"))
+    assert all(cell.get("scope") in ("row", "col", "rowgroup") for cell in outline.all("th"))
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = [
@@ -240,6 +246,11 @@ def test_the_page_shows_every_part(page: str, published: Publication) -> None:
         "50 % off",
         "4 tiles",
         "KL, this layer alone",
+        "Tasks of the lm-evaluation-harness",
+        "first 4 items, 0-shot, version 1.0",
+        "acc_norm ↑",
+        "bits_per_byte ↓",
+        "gained, ",
     ):
         assert part in page
     assert page.count("data:image/webp") >= 3, "two pages and a line at least"
@@ -269,6 +280,42 @@ def test_schema_refuses_a_key_that_it_does_not_name(published: Publication) -> N
     values["runs"][0]["surprise"] = 1
     with pytest.raises(jsonschema.ValidationError, match="surprise"):
         jsonschema.validate(values, SCHEMA)
+
+
+def test_tasks_are_in_every_file(published: Publication) -> None:
+    values = json.loads(published.data.read_text(encoding="utf-8"))
+    assert [task["task"] for task in values["tasks"]] == ["nvvl_next_words", "nvvl_prose"]
+    score = published.report.tasks[0].metrics[0].scores["W4 <b>"]
+    assert values["tasks"][0]["metrics"][0]["scores"]["W4 <b>"]["value"] == score.value
+    assert score.difference is not None
+    table = published.table.read_text(encoding="utf-8")
+    card = published.cards["W4 <b>"].read_text(encoding="utf-8")
+    for text in (table, card):
+        assert "**nvvl_next_words**: first 4 items, 0-shot, version 1.0" in text
+        assert f"{score.value:.4f} ± {score.stderr:.4f} |" in text
+        assert "McNemar's p" in text
+    assert '          type: "nvvl_prose"\n' in card
+    assert f"            value: {score.value:.4f}\n" in card
+
+
+def test_tasks_alone_make_every_file(
+    make_harness_run: Callable[..., HarnessRun], published: Publication, tmp_path: Path
+) -> None:
+    checkpoint = Path(published.report.runs[1].model)
+    quantized = replace(make_harness_run("W4", {"acc": [1.0, 0.0]}), model=checkpoint)
+    found = publish([make_harness_run("BF16", {"acc": [1.0, 1.0]}), quantized], tmp_path)
+    page = found.page.read_text(encoding="utf-8")
+    assert Outline(page).unbalanced == []
+    assert "1 task of the lm-evaluation-harness 0.4.13" in page
+    assert "\N{MINUS SIGN}0.5000" in page
+    for part in ("Accuracy against size", "sees the image", "generated questions"):
+        assert part not in page
+    values = json.loads(found.data.read_text(encoding="utf-8"))
+    jsonschema.validate(values, SCHEMA)
+    assert (values["seed"], values["num_items"]) == (None, None)
+    card = found.cards["W4"].read_text(encoding="utf-8")
+    assert "| acc ↑ | 0.5000 ± 0.1250 | 0.5000 ± 0.1250 |" in card
+    assert "generated" not in card
 
 
 def test_each_written_checkpoint_gets_a_card(published: Publication) -> None:

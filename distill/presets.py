@@ -30,13 +30,14 @@ def qad_nvfp4_embedded() -> DistillRecipe:
         keep_best=1,
         learning_rate=5e-5,
         safe_learning_rate=1e-4,
-        ema_decay=0.97,
+        layer_loss=10.0,
+        ema_decay=0.99,
         loss_tokens="answers",
-        num_steps=360,
-        items_per_step=16,
+        num_steps=600,
+        items_per_step=8,
         tokens_per_batch=4096,
         num_validation_items=64,
-        validate_every=90,
+        validate_every=150,
     )
 
 

@@ -2,6 +2,7 @@
 
     MODEL -> OUT/fp8, OUT/nvfp4 -> OUT/nvfp4-qad -> verified? -> OUT/runs/* -> OUT/report.html
                     OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
+             MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
@@ -11,6 +12,7 @@ nvvl wrote before are written again, and nothing else is replaced.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.distill.presets import load_distill_recipe
@@ -20,11 +22,13 @@ from nvvl.export.verify import VerificationReport, verify
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.collect import Report
+from nvvl.reports.curves import SweepKind
 from nvvl.reports.demo_export import build_engines, export_graphs
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.evidence import PROOF_NAME
 from nvvl.reports.publish import publish
 from nvvl.reports.suites import find_suites
+from nvvl.reports.sweep import run_sweep
 
 # (step and what it is at, how many are done, of how many)
 ProgressCallback = Callable[[str, int, int], None]
@@ -33,6 +37,7 @@ FORMATS = ("fp8", "nvfp4")
 DISTILLED = "nvfp4-qad"
 EXPORTED = "nvfp4"
 SUITES = ("line", "key_value")
+SWEPT = ("bf16", "nvfp4")
 
 _COMMAND = ("nvvl", "demo")
 # What the graphs and engines of a checkpoint are called among the outputs.
@@ -68,6 +73,7 @@ def run_demo(
     num_items: int = 1000,
     num_calibration_items: int = 256,
     num_distill_steps: int = 80,
+    num_sweep_items: int = 100,
     device: str = "cpu",
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -80,6 +86,7 @@ def run_demo(
         num_items: Items of each suite.
         num_calibration_items: Generated items that the scales are found on.
         num_distill_steps: Steps of distillation; few, to show the way and not the most it gives.
+        num_sweep_items: Items asked at each point of the sweeps over video pruning and tiles.
         device: Where to compute.
         seed: Seed of calibration and evaluation items.
         progress: Called as steps go on.
@@ -141,8 +148,18 @@ def run_demo(
         overwrite=True,
         progress=_within("evaluate", progress),
     )
-    published = publish(runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs])
-    outputs |= built | {"answers": out / "runs", "data": published.data, "report": published.page}
+    sweeps = _sweep(
+        {name.upper(): folders[name] for name in SWEPT},
+        source,
+        out / "sweeps",
+        Options(num_items=num_sweep_items, seed=seed, gate_items=0, device=device),
+        progress,
+    )
+    published = publish(
+        runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs], sweeps=sweeps
+    )
+    outputs |= built | {"answers": out / "runs", "sweeps": out / "sweeps"}
+    outputs |= {"data": published.data, "report": published.page}
     return DemoResult(
         report=published.report, proofs=proofs, outputs=outputs, notes=_say_what_is_missing(built)
     )
@@ -195,6 +212,28 @@ def _distill(
     result = distill(run, source, out, recipe, items, seed=seed, execution=execution)
     assert result is not None, "a demo is one process"
     return result.bf16
+
+
+def _sweep(
+    candidates: Mapping[str, Path],
+    teacher: Path,
+    out: Path,
+    options: Options,
+    progress: ProgressCallback | None,
+) -> list[Path]:
+    """Measure what pruned videos and fewer tiles cost; returns the folder of each sweep."""
+    folders: dict[SweepKind, Path] = {kind: out / kind for kind in get_args(SweepKind)}
+    for kind, folder in folders.items():
+        run_sweep(
+            kind,
+            candidates,
+            folder,
+            options,
+            teacher=teacher,
+            overwrite=True,
+            progress=_within(f"sweep {kind}", progress),
+        )
+    return list(folders.values())
 
 
 def _within(step: str, progress: ProgressCallback | None) -> ProgressCallback | None:

@@ -27,6 +27,7 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
         num_items=1,
         num_calibration_items=2,
         num_distill_steps=1,
+        num_sweep_items=1,
         progress=lambda stage, *_: steps.append(stage.split(":")[0]),
     )
     assert {name: proof.failed_checks for name, proof in result.proofs.items()} == {
@@ -53,6 +54,12 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
         "distill nvfp4",
         "verify nvfp4-qad",
         "evaluate",
+        "sweep evs",
+        "sweep tiles",
+    ]
+    assert [(sweep.kind, len(sweep.points)) for sweep in result.report.sweeps] == [
+        ("evs", 2 * 5),
+        ("tiles", 2 * 4),
     ]
     assert all(path.exists() for path in result.outputs.values())
     proved = {check.rule: check.passed for check in result.proofs["nvfp4"].checks}

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def documents(num_items: int) -> CalibrationSet:
 def one_question(num_items: int) -> CalibrationSet:
     """The same documents with their first question alone."""
     sources = [
-        ItemSource(source.item_id, lambda load=source.load: first_turn(load()))
+        ItemSource(source.item_id, partial(first_turn, source))
         for source in list_items("default", num_items=num_items, seed=0)
     ]
     return CalibrationSet(LazyItems(sources), "documents, one question", num_items)
@@ -87,7 +88,7 @@ def answered_by_teacher(num_items: int) -> CalibrationSet:
         for item, response in zip(items, row, strict=True):
             said = Message("assistant", response.text or " ")
             new = dataclasses.replace(item, messages=(*item.messages[:-1], said))
-            sources.append(ItemSource(item.item_id, lambda new=new: new))
+            sources.append(ItemSource(item.item_id, partial(dataclasses.replace, new)))
     return CalibrationSet(LazyItems(sources), "documents, answered by the teacher", num_items)
 
 
@@ -109,12 +110,13 @@ def random_tokens(num_items: int) -> CalibrationSet:
         messages = (Message("user", said), Message("assistant", answered))
         return Item(item_id=f"random-{number}", messages=messages, domain="random")
 
-    sources = [ItemSource(f"random-{i}", lambda i=i: draw(i)) for i in range(num_items)]
+    sources = [ItemSource(f"random-{i}", partial(draw, i)) for i in range(num_items)]
     return CalibrationSet(LazyItems(sources), "random tokens", num_items)
 
 
-def first_turn(item: Item) -> Item:
+def first_turn(source: ItemSource) -> Item:
     """Return a conversation up to its first answer."""
+    item = source.load()
     end = next(i for i, message in enumerate(item.messages) if message.role == "assistant")
     return dataclasses.replace(item, messages=item.messages[: end + 1])
 
@@ -146,11 +148,9 @@ def train(arms: dict[str, tuple[DistillRecipe, MakeItems]], out: Path) -> dict[s
     source = resolve_model(TEACHER)
     folders = {"ptq": out / "ptq"}
     if not folders["ptq"].exists():
-        recipe = dataclasses.replace(
-            load_recipe("nvfp4"), num_calibration_items=NUM_CALIBRATION_ITEMS
-        )
+        ptq = dataclasses.replace(load_recipe("nvfp4"), num_calibration_items=NUM_CALIBRATION_ITEMS)
         items = load_calibration_set("default", num_items=NUM_CALIBRATION_ITEMS)
-        quantize_checkpoint(source, folders["ptq"], recipe, items)
+        quantize_checkpoint(source, folders["ptq"], ptq, items)
     for name, (recipe, make_items) in arms.items():
         folders[name] = out / name
         if not folders[name].exists():

@@ -38,6 +38,7 @@ DISTILLED = "nvfp4-qad"
 EXPORTED = "nvfp4"
 SUITES = ("line", "key_value")
 SWEPT = ("bf16", "nvfp4")
+NUM_TIMED = 2  # questions of each point of a sweep
 
 _COMMAND = ("nvvl", "demo")
 # What the graphs and engines of a checkpoint are called among the outputs.
@@ -73,7 +74,7 @@ def run_demo(
     num_items: int = 1000,
     num_calibration_items: int = 256,
     num_distill_steps: int = 80,
-    num_sweep_items: int = 100,
+    num_sweep_items: int = 50,
     device: str = "cpu",
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -230,6 +231,7 @@ def _sweep(
             folder,
             options,
             teacher=teacher,
+            num_timed=NUM_TIMED,
             overwrite=True,
             progress=_within(f"sweep {kind}", progress),
         )

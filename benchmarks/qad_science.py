@@ -3,10 +3,10 @@
     python -m nvvl.benchmarks.qad_science OUT [--arm NAME]... [--steps 100] [--items 1000]
 
 Quantizes the embedded model to NVFP4 once, then trains one student an arm from there, ``--steps``
-steps by the preset ``qad_nvfp4_embedded`` without its second term, but for what the arm is about:
+steps by the preset ``qad_nvfp4_embedded`` with KL as the loss, but for what the arm is about:
 
-* ``kl``: quantization-aware distillation as published. ``kl-and-layers``: with the preset's second
-  term, the outputs of layers. ``mse``: on the teacher's logits. ``ce``: the same steps on the true
+* ``kl``: quantization-aware distillation as published. ``kl-and-layers``: with outputs of layers as
+  a second term. ``mse``: the preset, squared errors of logits. ``ce``: the same steps on the true
   next token, which is quantization-aware training (QAT).
 * ``rate-X``: other learning rates, over a factor of 100.
 * ``data-...``: one question an item, of the same documents, answered by the truth or by the
@@ -55,6 +55,7 @@ NUM_CALIBRATION_ITEMS = 256
 NUM_RANDOM_TOKENS = 32
 SHARE_AVERAGED = 6  # the average of weights spans a sixth of the steps, as in the preset
 MAX_ANSWER_TOKENS = 256
+LAYER_LOSS = 10.0  # about as much as KL
 TEACHER = "embedded"
 
 MakeItems = Callable[[int], CalibrationSet]
@@ -123,15 +124,15 @@ def first_turn(source: ItemSource) -> Item:
 
 def make_arms(num_steps: int) -> dict[str, tuple[DistillRecipe, MakeItems]]:
     """Return the recipe and the items of each arm."""
-    preset = dataclasses.replace(
+    base = dataclasses.replace(
         qad_nvfp4_embedded(),
+        loss="kl",
         num_steps=num_steps,
         validate_every=max(1, num_steps // 2),
         ema_decay=max(0.0, 1 - SHARE_AVERAGED / num_steps),
     )
-    base = dataclasses.replace(preset, layer_loss=0.0)
     arms: dict[str, tuple[DistillRecipe, MakeItems]] = {"kl": (base, documents)}
-    arms["kl-and-layers"] = (preset, documents)
+    arms["kl-and-layers"] = (dataclasses.replace(base, layer_loss=LAYER_LOSS), documents)
     arms["mse"] = (dataclasses.replace(base, loss="mse"), documents)
     arms["ce"] = (dataclasses.replace(base, loss="ce"), documents)
     for rate in RATES:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError
+from nvvl.reports.run import ModelRun
 
 RESULTS_NAME = "lm-eval.json"
 ITEMS_NAME = "lm-eval-items.jsonl"
@@ -114,27 +115,15 @@ class ItemScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessRun:
+class HarnessRun(ModelRun):
     """What one model came to.
 
     Attributes:
-        out: folder of the run.
-        label: name of the run in reports.
-        model: folder of the model.
-        format: numeric format of the weights, such as ``BF16`` or ``NVFP4``.
-        weights_bytes: bytes of the model's safetensors weights on disk.
-        folder_bytes: bytes of all files of the model's folder.
         tasks: results by the name that was asked for, which may be that of a group.
         unfinished: names that were asked for and have no results.
         items: by task, in the order of their numbers.
     """
 
-    out: Path
-    label: str
-    model: Path
-    format: str
-    weights_bytes: int
-    folder_bytes: int
     settings: HarnessSettings
     tasks: Mapping[str, tuple[TaskResult, ...]]
     unfinished: tuple[str, ...]

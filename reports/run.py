@@ -117,8 +117,8 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """A finished run.
+class ModelRun:
+    """What a model was asked, whoever asked it.
 
     Attributes:
         out: folder of the run.
@@ -135,6 +135,12 @@ class RunResult:
     format: str
     weights_bytes: int
     folder_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(ModelRun):
+    """A finished run of suites."""
+
     settings: Settings
     answers: tuple[Answer, ...]
 

@@ -194,10 +194,11 @@ def test_other_settings_are_refused_by_name(
 
 def test_where_and_how_fast_a_model_ran_may_differ(make_harness_run: MakeRun) -> None:
     other = {"batch_size": 8, "device": "cuda", "tasks_folder": "mine"}
-    compare(
+    found = compare(
         make_harness_run("BF16", {"acc": [1.0]}),
         make_harness_run("FP8", {"acc": [1.0]}, settings=other),
     )
+    assert found.score.estimate == 0
 
 
 def test_other_items_are_refused(make_harness_run: MakeRun) -> None:

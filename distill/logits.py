@@ -181,7 +181,8 @@ def require_logits_suffice(recipe: DistillRecipe) -> None:
     """
     if recipe.loss != "kl":
         raise RecipeError(
-            f'loss: stored logits serve "kl" alone, got "{recipe.loss}"; train without --logits'
+            f'loss: stored logits serve "kl" alone, got "{recipe.loss}"; give a recipe with that '
+            "loss, or train without --logits"
         )
     if recipe.layer_loss:
         raise RecipeError(

@@ -26,7 +26,7 @@ MambaState = tuple[Tensor, Tensor]
 # On a CPU, longer chunks spend their time inside chunks, shorter ones on states; the tokens that
 # are scanned at once are bounded, so that memory does not grow with the prompt.
 CPU_CHUNK_SIZE = 64
-CPU_SPAN = 512
+CPU_SPAN = 256
 
 
 class GatedRMSNorm(nn.Module):
@@ -305,7 +305,7 @@ def scan_chunks(
     x, b, c = x.to(dtype), b.to(dtype), c.to(dtype)
     chunk = min(chunk_size, length)
     x, dt, b, c = (_into_chunks(part, chunk) for part in (x, dt, b, c))  # (B, C, Q, ...)
-    x = x.unflatten(3, (groups, -1))  # (B, C, Q, G, J, P)
+    x = x.unflatten(3, (groups, -1)).transpose(2, 3).contiguous()  # (B, C, G, Q, J, P)
     b, c = b.transpose(2, 3), c.transpose(2, 3)  # (B, C, G, Q, N)
     dt = dt.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # (B, C, G, J, Q)
     total = (dt * a.view(groups, -1, 1)).cumsum(-1)
@@ -313,15 +313,15 @@ def scan_chunks(
     # Inside a chunk: token l reads token s <= l, decayed by everything in between. The mask is a
     # factor of the exponent, so that s > l cannot overflow; CPUs are slow at exp(-inf).
     causal = torch.ones(chunk, chunk, device=x.device).tril()
-    between = (total[..., :, None] - total[..., None, :]) * causal  # (B, C, G, J, Q, Q)
+    between = (total[..., :, None] - total[..., None, :]).mul_(causal)  # (B, C, G, J, Q, Q)
     products = (c @ b.mT).float() * causal  # (B, C, G, Q, Q)
-    scores = torch.exp(between) * dt[..., None, :] * products.unsqueeze(3)
-    inside = scores.to(dtype) @ x.permute(0, 1, 3, 4, 2, 5)  # (B, C, G, J, Q, P)
+    scores = between.exp_() * dt[..., None, :] * products.unsqueeze(3)
+    inside = scores.to(dtype) @ x.transpose(3, 4)  # (B, C, G, J, Q, P)
 
     # what each chunk adds to the state, and the state each chunk starts from
     to_end = dt * torch.exp(total[..., -1:] - total)
-    weighted = x * to_end.permute(0, 1, 4, 2, 3)[..., None]  # (B, C, Q, G, J, P)
-    added = weighted.permute(0, 1, 3, 4, 5, 2).flatten(3, 4) @ b.float()  # (B, C, G, J P, N)
+    weighted = x * to_end.transpose(3, 4)[..., None]  # (B, C, G, Q, J, P)
+    added = weighted.flatten(4).mT @ b.float()  # (B, C, G, J P, N)
     added = added.unflatten(3, (-1, x.shape[-1]))  # (B, C, G, J, P, N)
     chunk_decay = torch.exp(total[..., -1])[..., None, None]
     running = state.unflatten(1, (groups, -1))  # (B, G, J, P, N)
@@ -334,10 +334,10 @@ def scan_chunks(
     rows = torch.stack(starts, dim=1).flatten(3, 4)  # (B, C, G, J P, N)
     carried = (c @ rows.mT).unflatten(4, (-1, x.shape[-1]))  # (B, C, G, Q, J, P)
 
-    from_start = torch.exp(total).permute(0, 1, 4, 2, 3)[..., None]
-    y = d.view(groups, -1, 1) * x + inside.permute(0, 1, 4, 2, 3, 5)  # (B, C, Q, G, J, P)
-    y = y + carried.transpose(2, 3) * from_start
-    return y.flatten(3, 4).flatten(1, 2)[:, :length], running.flatten(1, 2)
+    from_start = torch.exp(total).transpose(3, 4)[..., None]
+    y = (d.view(groups, 1, -1, 1) * x).add_(inside.transpose(3, 4)).add_(carried * from_start)
+    y = y.transpose(2, 3).flatten(3, 4)  # (B, C, Q, H, P)
+    return y.flatten(1, 2)[:, :length], running.flatten(1, 2)
 
 
 def _spread(x: Tensor, places: Tensor, length: int) -> Tensor:

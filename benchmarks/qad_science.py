@@ -3,11 +3,12 @@
     python -m nvvl.benchmarks.qad_science OUT [--arm NAME]... [--steps 100] [--items 1000]
 
 Quantizes the embedded model to NVFP4 once, then trains one student an arm from there, ``--steps``
-steps by the preset ``qad_nvfp4_embedded`` with KL as the loss, but for what the arm is about:
+steps of KL at a rate of 5e-5, but for what the arm is about:
 
 * ``kl``: quantization-aware distillation as published. ``kl-and-layers``: with outputs of layers as
-  a second term. ``mse``: the preset, squared errors of logits. ``ce``: the same steps on the true
-  next token, which is quantization-aware training (QAT).
+  a second term. ``mse``: squared errors of logits. ``ce``: the same steps on the true next token,
+  which is quantization-aware training (QAT). ``preset``: ``qad_nvfp4_embedded``, squared errors of
+  logits and, above all, of the outputs of layers, at a higher rate.
 * ``rate-X``: other learning rates, over a factor of 100.
 * ``data-...``: one question an item, of the same documents, answered by the truth or by the
   teacher; passages of text alone; tokens drawn at random.
@@ -50,10 +51,11 @@ from nvvl.reports.run import RunResult
 from nvvl.reports.suites import find_suites
 
 SUITES = ("line", "key_value")
-RATES = (5e-6, 1.5e-5, 1.5e-4, 5e-4)  # besides the preset's 5e-5
+RATE = 5e-5
+RATES = (5e-6, 1.5e-5, 1.5e-4, 5e-4)  # besides that
 NUM_CALIBRATION_ITEMS = 256
 NUM_RANDOM_TOKENS = 32
-SHARE_AVERAGED = 6  # the average of weights spans a sixth of the steps, as in the preset
+SHARE_AVERAGED = 6  # the average of weights spans a sixth of the steps
 MAX_ANSWER_TOKENS = 256
 LAYER_LOSS = 10.0  # about as much as KL
 TEACHER = "embedded"
@@ -124,17 +126,18 @@ def first_turn(source: ItemSource) -> Item:
 
 def make_arms(num_steps: int) -> dict[str, tuple[DistillRecipe, MakeItems]]:
     """Return the recipe and the items of each arm."""
-    base = dataclasses.replace(
+    preset = dataclasses.replace(
         qad_nvfp4_embedded(),
-        loss="kl",
         num_steps=num_steps,
         validate_every=max(1, num_steps // 2),
         ema_decay=max(0.0, 1 - SHARE_AVERAGED / num_steps),
     )
+    base = dataclasses.replace(preset, loss="kl", layer_loss=0.0, learning_rate=RATE)
     arms: dict[str, tuple[DistillRecipe, MakeItems]] = {"kl": (base, documents)}
     arms["kl-and-layers"] = (dataclasses.replace(base, layer_loss=LAYER_LOSS), documents)
     arms["mse"] = (dataclasses.replace(base, loss="mse"), documents)
     arms["ce"] = (dataclasses.replace(base, loss="ce"), documents)
+    arms["preset"] = (preset, documents)
     for rate in RATES:
         arms[f"rate-{rate:g}"] = (dataclasses.replace(base, learning_rate=rate), documents)
     arms["data-one-question"] = (base, one_question)

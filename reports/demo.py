@@ -73,7 +73,7 @@ def run_demo(
     *,
     num_items: int = 1000,
     num_calibration_items: int = 256,
-    num_distill_steps: int = 80,
+    num_distill_steps: int = 60,
     num_sweep_items: int = 50,
     device: str = "cpu",
     seed: int = 0,

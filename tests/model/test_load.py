@@ -225,7 +225,10 @@ def test_embedded_names_the_folder_in_the_package(
 
 
 @pytest.mark.parametrize("model", ["nothing", "/no/such/folder", "a/b/c", "../x", "s3://a/b", ""])
-def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing of these names is
     with pytest.raises(ConfigError, match="required 'embedded', an existing folder or a Hub id"):
         resolve_model(model)
 

@@ -5,8 +5,8 @@ temperature 1, learning rate 2e-6. Its table of rates is why 1e-5 is where warni
 the vision-language benchmarks fall further below BF16 than they do without distillation, at 1e-4
 by 14 to 32 points. ``qad_nvfp4_embedded`` is for the embedded model, whose weights are a thousand
 times fewer and bear a higher rate, on answers alone because it was trained on nothing else. Few of
-its tokens are answers, so most of its loss are errors of what the layers put out, which every token
-has: that brings KL down several times faster than KL itself does.
+its tokens are answers, so most of its loss is the error of what the layers put out, which every
+token has: in as many steps that brings KL down three times as far as KL itself does.
 """
 
 import dataclasses

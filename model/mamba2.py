@@ -24,7 +24,7 @@ from nvvl.model.products import Linear, product_dtype
 MambaState = tuple[Tensor, Tensor]
 
 # On a CPU, longer chunks spend their time inside chunks, shorter ones on states; the tokens that
-# are scanned at once are bounded, so that memory does not grow with the prompt.
+# are scanned at once are few, so that memory does not grow with the prompt and stays in the caches.
 CPU_CHUNK_SIZE = 64
 CPU_SPAN = 256
 

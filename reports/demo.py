@@ -27,6 +27,7 @@ from nvvl.reports.demo_export import build_engines, export_graphs
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.evidence import PROOF_NAME
 from nvvl.reports.publish import publish
+from nvvl.reports.run import RunResult
 from nvvl.reports.suites import find_suites
 from nvvl.reports.sweep import run_sweep
 
@@ -123,32 +124,15 @@ def run_demo(
         source,
         outputs[DISTILLED],
         num_steps=num_distill_steps,
+        device=device,
         seed=seed,
-        execution=Execution(
-            device=device,
-            overwrite=True,
-            progress=_within("distill nvfp4", progress),
-            command=_COMMAND,
-        ),
+        progress=progress,
     )
     proofs[DISTILLED] = _prove(outputs[DISTILLED], trained, None, progress)
     folders = {"bf16": source, **outputs}
-    runs = evaluate(
-        [
-            Candidate(folder=folder, out=out / "runs" / name, label=name.upper())
-            for name, folder in folders.items()
-        ],
-        find_suites(SUITES),
-        Options(
-            num_items=num_items,
-            seed=seed,
-            gate_items=min(num_items, Options.gate_items),
-            device=device,
-        ),
-        teacher=source,
-        overwrite=True,
-        progress=_within("evaluate", progress),
-    )
+    gate_items = min(num_items, Options.gate_items)
+    options = Options(num_items=num_items, seed=seed, gate_items=gate_items, device=device)
+    runs = _evaluate(folders, source, out / "runs", options, progress)
     sweeps = _sweep(
         {name.upper(): folders[name] for name in SWEPT},
         source,
@@ -199,7 +183,14 @@ def _say_what_is_missing(built: Mapping[str, Path]) -> tuple[str, ...]:
 
 
 def _distill(
-    run: Path, source: Path, out: Path, *, num_steps: int, seed: int, execution: Execution
+    run: Path,
+    source: Path,
+    out: Path,
+    *,
+    num_steps: int,
+    device: str,
+    seed: int,
+    progress: ProgressCallback | None,
 ) -> Path:
     """Train a run towards its source for a few steps; returns the BF16 weights that came out."""
     recipe = replace(
@@ -210,9 +201,37 @@ def _distill(
         ema_decay=0.9,  # a shorter memory for fewer steps
     )
     items = load_calibration_set("default", num_items=recipe.num_items, seed=seed)
+    execution = Execution(
+        device=device,
+        overwrite=True,
+        progress=_within(f"distill {run.name}", progress),
+        command=_COMMAND,
+    )
     result = distill(run, source, out, recipe, items, seed=seed, execution=execution)
     assert result is not None, "a demo is one process"
     return result.bf16
+
+
+def _evaluate(
+    folders: Mapping[str, Path],
+    teacher: Path,
+    out: Path,
+    options: Options,
+    progress: ProgressCallback | None,
+) -> list[RunResult]:
+    """Ask all models the questions of the suites; each has a folder of its name in ``out``."""
+    candidates = [
+        Candidate(folder=folder, out=out / name, label=name.upper())
+        for name, folder in folders.items()
+    ]
+    return evaluate(
+        candidates,
+        find_suites(SUITES),
+        options,
+        teacher=teacher,
+        overwrite=True,
+        progress=_within("evaluate", progress),
+    )
 
 
 def _sweep(

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from nvvl.calib_data.command import show
-from nvvl.distill.command import distill, precompute
+from nvvl.distill.command import distill, precompute, rotate
 from nvvl.errors import NvvlError, ReportedError
 from nvvl.export.command import chat, onnx, plan, verify
 from nvvl.export.engine_command import engine
@@ -64,6 +64,7 @@ app.add_typer(export_app, name="export")
 
 app.command(epilog="Example: nvvl plan embedded --format nvfp4")(plan)
 app.command(epilog="Example: nvvl quantize nvfp4 embedded OUT --calib my-images/")(quantize)
+app.command(epilog="Example: nvvl rotate embedded OUT")(rotate)
 app.command(epilog="Example: nvvl distill RUN --teacher embedded -o OUT")(distill)
 app.command(epilog="Example: nvvl precompute embedded -o LOGITS")(precompute)
 app.command(epilog="Example: nvvl verify OUT --against embedded")(verify)

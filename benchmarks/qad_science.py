@@ -21,14 +21,14 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from nvvl.benchmarks.machine import describe_machine
+from nvvl.benchmarks.recovery import compare, to_markdown
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.listing import list_items
 from nvvl.calib_data.manifest import CalibrationSet, LazyItems, load_calibration_set
@@ -42,12 +42,10 @@ from nvvl.model.prompt import Message
 from nvvl.quantize.load import load_any
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
-from nvvl.reports.compare import Interval, bootstrap_intervals
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.measure import Panel
 from nvvl.reports.publish import publish
 from nvvl.reports.question import prepare_question
-from nvvl.reports.run import RunResult
 from nvvl.reports.suites import find_suites
 
 SUITES = ("line", "key_value")
@@ -163,56 +161,6 @@ def train(arms: dict[str, tuple[DistillRecipe, MakeItems]], out: Path) -> dict[s
     return folders
 
 
-def compare(runs: Sequence[RunResult]) -> list[dict[str, object]]:
-    """Return one row an arm: KL to BF16 and exact match, with paired differences to PTQ.
-
-    Args:
-        runs: BF16, PTQ, then the arms.
-    """
-    answers = [[a for a in run.answers if a.condition == "right"] for run in runs]
-    kl = np.array([[a.kl for a in row] for row in answers], dtype=float)
-    right = np.array([[a.correct for a in row] for row in answers], dtype=float)
-    lost = right[0].mean() - right[1].mean()
-    rows: list[dict[str, object]] = []
-    for run, own_kl, own_right in zip(runs[1:], kl[1:], right[1:], strict=True):
-        row: dict[str, object] = {"arm": run.label, "kl": mean(own_kl)}
-        row["exact_match"] = mean(own_right)
-        if run is not runs[1]:
-            row["kl_ratio"] = own_kl.mean() / kl[1].mean()
-            row["kl_less_ptq"] = mean(own_kl - kl[1])
-            row["exact_match_less_ptq"] = mean(own_right - right[1])
-            row["recovered"] = (own_right.mean() - right[1].mean()) / lost if lost > 0 else None
-        rows.append(row)
-    return rows
-
-
-def mean(values: np.ndarray) -> Interval:
-    (interval,) = bootstrap_intervals(values[:, None])
-    return interval
-
-
-def to_markdown(rows: Sequence[dict[str, object]]) -> str:
-    """Return the rows as a table; exact match in points."""
-    lines = [
-        "| | KL to BF16 | times PTQ's | less PTQ's | exact match less PTQ's, points |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [show(row["kl"], "{:.4f}"), "-", "-", "-"]
-        if "kl_ratio" in row:
-            cells[1] = f"{row['kl_ratio']:.2f}"
-            cells[2] = show(row["kl_less_ptq"], "{:+.4f}")
-            cells[3] = show(row["exact_match_less_ptq"], "{:+.1f}", 100)
-        lines.append(f"| `{row['arm']}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def show(interval: object, form: str, factor: float = 1) -> str:
-    assert isinstance(interval, Interval)
-    low, high = (form.format(factor * end) for end in (interval.low, interval.high))
-    return f"{form.format(factor * interval.estimate)} [{low}, {high}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,8 +197,8 @@ def main() -> None:
             indent=1,
         )
     )
-    (out / "science.md").write_text(to_markdown(rows))
-    print(to_markdown(rows), end="")
+    (out / "science.md").write_text(to_markdown(rows) + "\n")
+    print(to_markdown(rows))
     print(f"{out / 'science.json'}, {published.page}")
 
 

@@ -24,7 +24,7 @@ from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.quantize import kernels
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.load import read_recipe_formats
-from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
+from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions, write_json
 from nvvl.quantize.pack import (
     Amax,
     pack_linear,
@@ -41,18 +41,20 @@ def write_bf16(
     folder: Path,
     weights: Mapping[str, Tensor],
     *,
-    distillation: Mapping[str, Any],
+    distillation: Mapping[str, Any] | None = None,
     command: Sequence[str],
+    files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
-    """Write the teacher's checkpoint with the trained tensors in place of its own.
+    """Write the teacher's checkpoint with changed tensors in place of its own.
 
     Args:
         teacher: The BF16 checkpoint.
         folder: An empty folder.
-        weights: Trained tensors by name, float32; stored as BF16 values in the dtype the teacher
+        weights: Changed tensors by name, float32; stored as BF16 values in the dtype the teacher
             stores. What has no tensor's name is not of this checkpoint.
-        distillation: For the manifest.
+        distillation: For the manifest, where weights were trained.
         command: For the manifest.
+        files: JSON files to write beside the weights, by name.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -74,8 +76,16 @@ def write_bf16(
         writer.finish()
     copy_side_files(checkpoint.folder, folder)
     _copy_config(checkpoint.folder, folder)
+    for name, values in (files or {}).items():
+        write_json(folder / name, values)
     return _write_manifest(
-        folder, "bf16", source, written, items=(), distillation=distillation, command=command
+        folder,
+        "bf16",
+        source,
+        written,
+        items=(),
+        distillation=distillation or {},
+        command=command,
     )
 
 

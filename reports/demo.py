@@ -1,8 +1,10 @@
-"""The whole chain on one model: quantize, distill, prove, evaluate, compare.
+"""The whole chain on one model: quantize, rotate, distill, prove, evaluate, compare.
 
-    MODEL -> OUT/fp8, OUT/nvfp4 -> OUT/nvfp4-qad -> verified? -> OUT/runs/* -> OUT/report.html
-                    OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
-             MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html
+    MODEL -> OUT/fp8, OUT/nvfp4
+    MODEL -> OUT/rotated -> OUT/nvfp4-rotated -> OUT/nvfp4-qad
+    all -> verified? -> OUT/runs/* -> OUT/report.html
+    OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
+    MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
@@ -14,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from nvvl.calib_data.manifest import load_calibration_set
+from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
 from nvvl.distill.presets import load_distill_recipe
+from nvvl.distill.rotate import rotate
 from nvvl.distill.train import Execution, distill
 from nvvl.errors import OutputError
 from nvvl.export.verify import VerificationReport, verify
@@ -35,6 +38,7 @@ from nvvl.reports.sweep import run_sweep
 ProgressCallback = Callable[[str, int, int], None]
 
 FORMATS = ("fp8", "nvfp4")
+ROTATED, ROTATED_NVFP4 = "rotated", "nvfp4-rotated"
 DISTILLED = "nvfp4-qad"
 EXPORTED = "nvfp4"
 SUITES = ("line", "key_value")
@@ -80,7 +84,7 @@ def run_demo(
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> DemoResult:
-    """Quantize a model to FP8 and NVFP4, distill NVFP4 a little, prove, evaluate and compare.
+    """Quantize a model to FP8 and NVFP4, rotate and distill it a little, prove and compare.
 
     Args:
         source: A BF16 checkpoint folder.
@@ -100,28 +104,31 @@ def run_demo(
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
     items = load_calibration_set("default", num_items=num_calibration_items, seed=seed)
-    outputs = {name: out / name for name in FORMATS}
+    rotated = out / ROTATED
+    outputs = {name: out / name for name in (*FORMATS, ROTATED_NVFP4, DISTILLED)}
     proofs: dict[str, VerificationReport] = {}
     built: dict[str, Path] = {}
-    for name, folder in outputs.items():
-        recipe = replace(load_recipe(name), num_calibration_items=num_calibration_items)
-        quantize_checkpoint(
-            source,
-            folder,
-            recipe,
-            items,
-            device=device,
-            overwrite=True,
-            progress=_within(f"quantize {name}", progress),
-            command=_COMMAND,
-        )
+    for name in FORMATS:
+        _quantize(name, source, outputs[name], items, device, progress)
         if name == EXPORTED:
-            built = _deploy(folder, progress)
-        proofs[name] = _prove(folder, source, built.get(_GRAPHS.format(name)), progress)
-    outputs[DISTILLED] = out / DISTILLED
-    trained = _distill(
-        outputs["nvfp4"],
+            built = _deploy(outputs[name], progress)
+        proofs[name] = _prove(outputs[name], source, built.get(_GRAPHS.format(name)), progress)
+    rotate(
         source,
+        rotated,
+        items,
+        num_held_out=max(1, num_calibration_items // 8),
+        seed=seed,
+        device=device,
+        overwrite=True,
+        progress=_within("rotate", progress),
+        command=_COMMAND,
+    )
+    _quantize("nvfp4", rotated, outputs[ROTATED_NVFP4], items, device, progress)
+    proofs[ROTATED_NVFP4] = _prove(outputs[ROTATED_NVFP4], rotated, None, progress)
+    trained = _distill(
+        outputs[ROTATED_NVFP4],
+        rotated,
         outputs[DISTILLED],
         num_steps=num_distill_steps,
         device=device,
@@ -143,10 +150,32 @@ def run_demo(
     published = publish(
         runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs], sweeps=sweeps
     )
-    outputs |= built | {"answers": out / "runs", "sweeps": out / "sweeps"}
+    outputs |= built | {"rotated BF16": rotated, "answers": out / "runs", "sweeps": out / "sweeps"}
     outputs |= {"data": published.data, "report": published.page}
     return DemoResult(
         report=published.report, proofs=proofs, outputs=outputs, notes=_say_what_is_missing(built)
+    )
+
+
+def _quantize(
+    recipe_name: str,
+    source: Path,
+    out: Path,
+    items: CalibrationSet,
+    device: str,
+    progress: ProgressCallback | None,
+) -> None:
+    """Write a checkpoint in the format of a preset."""
+    recipe = replace(load_recipe(recipe_name), num_calibration_items=items.num_requested)
+    quantize_checkpoint(
+        source,
+        out,
+        recipe,
+        items,
+        device=device,
+        overwrite=True,
+        progress=_within(f"quantize {out.name}", progress),
+        command=_COMMAND,
     )
 
 

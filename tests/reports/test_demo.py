@@ -33,12 +33,14 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
     assert {name: proof.failed_checks for name, proof in result.proofs.items()} == {
         "fp8": (),
         "nvfp4": (),
+        "nvfp4-rotated": (),
         "nvfp4-qad": (),
     }
     assert result.passed
-    bf16, fp8, nvfp4, qad = result.report.runs
-    assert [run.label for run in result.report.runs] == ["BF16", "FP8", "NVFP4", "NVFP4-QAD"]
-    assert [run.verified for run in result.report.runs] == [None, True, True, True]
+    bf16, fp8, nvfp4, _, qad = result.report.runs
+    labels = ["BF16", "FP8", "NVFP4", "NVFP4-ROTATED", "NVFP4-QAD"]
+    assert [run.label for run in result.report.runs] == labels
+    assert [run.verified for run in result.report.runs] == [None, True, True, True, True]
     assert bf16.weights_bytes > fp8.weights_bytes > nvfp4.weights_bytes
     assert qad.weights_bytes == nvfp4.weights_bytes
     assert bf16.kl is not None
@@ -51,7 +53,10 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
         "graphs of nvfp4",
         "engines of nvfp4",
         "verify nvfp4",
-        "distill nvfp4",
+        "rotate",
+        "quantize nvfp4-rotated",
+        "verify nvfp4-rotated",
+        "distill nvfp4-rotated",
         "verify nvfp4-qad",
         "evaluate",
         "sweep evs",

@@ -38,9 +38,8 @@ from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.formats import BLOCK_SIZE
+from nvvl.quantize.side_files import ROTATION_NAME
 from nvvl.quantize.staging import staged_folder
-
-ROTATION_NAME = "rotation.json"
 
 # (what is shown, done, in total)
 Progress = Callable[[str, int, int], None]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
+ROTATION_NAME = "rotation.json"  # what nvvl rotate did to the source; copied as any small file
 
 # Not copied from a source folder: weights of any kind, hidden files, and what is written anew.
 _NOT_COPIED = (

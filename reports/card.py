@@ -42,6 +42,7 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
             proof=evidence.proof,
             num_linears=evidence.num_linears,
             source_sha256=evidence.source_sha256,
+            changes=evidence.changes,
             size=format_size(run.weights_bytes),
             baseline_size=format_size(report.runs[0].weights_bytes),
             rows=[(row.name, row.cells[0], row.cells[place]) for row in make_rows(report)],

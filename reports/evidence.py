@@ -11,14 +11,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
-from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.quantize.side_files import RECIPE_NAME, ROTATION_NAME
 from nvvl.quantize.staging import MANIFEST_NAME
 from nvvl.reports.deployment import Engines, find_engines
 from nvvl.reports.harness_run import HarnessRun
@@ -67,6 +67,7 @@ class Evidence:
         num_linears: how many linears have each format.
         proof: None if ``nvvl verify`` was not run.
         engines: None if none were built.
+        rotation: what ``nvvl rotate`` recorded; empty if the source was not rotated.
     """
 
     manifest: Manifest | None
@@ -74,6 +75,17 @@ class Evidence:
     num_linears: Mapping[str, int]
     proof: Proof | None
     engines: Engines | None = None
+    rotation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> tuple[tuple[str, str], ...]:
+        """What was done to the weights before they were packed, a word and a sentence each."""
+        found = []
+        if self.rotation:
+            found.append(("Rotated", _describe_rotation(self.rotation)))
+        if self.manifest is not None and self.manifest.distillation:
+            found.append(("Distilled", _describe_distillation(self.manifest.distillation)))
+        return tuple(found)
 
     @property
     def source_sha256(self) -> str | None:
@@ -168,6 +180,42 @@ def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
         num_linears=Counter(formats.values()),
         proof=proof,
         engines=find_engines(folder),
+        rotation=_read_rotation(folder / ROTATION_NAME),
+    )
+
+
+def _read_rotation(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _describe_rotation(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not what nvvl rotate wrote ({error!r})") from None
+    return values
+
+
+def _describe_rotation(record: Mapping[str, Any]) -> str:
+    data, harm = record["data"], record["harm"]
+    return (
+        f"into bases learned from {data['num_items']:,} items of {data['set']}, where rounding is "
+        f"expected to do {harm:.2f} times the harm"
+    )
+
+
+def _describe_distillation(record: Mapping[str, Any]) -> str:
+    recipe, data = record["recipe"], record["data"]
+    steps = f"{recipe['num_steps']:,} steps{' a layer' if recipe['method'] == 'layers' else ''}"
+    text = (
+        f"{recipe['name']}, {steps} at a rate of at most {recipe['learning_rate']:g}, "
+        f"{data['num_items']:,} items of {data['set']}"
+    )
+    if "validation_loss" not in record:
+        return text
+    loss = record["validation_loss"]
+    return (
+        f"{text}; validation loss {loss['start']:.4g} before, {loss['written']:.4g} at step "
+        f"{record['step']:,}, which was written"
     )
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
 from nvvl.cli import app
 from nvvl.distill import rotate as rotate_module
-from nvvl.distill.rotate import ROTATION_NAME, rotate
+from nvvl.distill.rotate import rotate
 from nvvl.distill.turn import Turn, TurnedWeights
 from nvvl.errors import CheckpointError, ConfigError, DataError, OutputError
 from nvvl.export.verify import verify
@@ -23,6 +23,7 @@ from nvvl.model.resolve import resolve_model
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.load import load_any
 from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.side_files import ROTATION_NAME
 from nvvl.quantize.walk import quantize_checkpoint
 
 

@@ -77,6 +77,11 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
     assert "for sm120, built and not run: vision" in page
     assert "FP8, language_model.backbone.layers" in page
     assert "NVFP4, language_model.backbone.layers" in page
+    assert page.count("<dt>Rotated</dt><dd>into bases learned from 2 items of default") == 2
+    assert page.count("<dt>Distilled</dt><dd>qad_nvfp4_embedded, 1 steps at a rate of") == 1
+    card = (out / "cards" / "NVFP4-QAD" / "README.md").read_text(encoding="utf-8")
+    assert "\n- Rotated: into bases learned" in card
+    assert "\n- Distilled: qad_nvfp4_embedded, 1 steps" in card
     assert load_run(out / "runs" / "nvfp4").model == out / "nvfp4"
 
 

@@ -70,6 +70,25 @@ def test_file_that_is_no_proof_is_named(tmp_path: Path, text: str) -> None:
         read_proof(path)
 
 
+def test_what_was_done_to_the_weights_is_told(run: Any) -> None:
+    assert gather_evidence([run])["FP8"].changes == ()
+    rotation = {"data": {"set": "default", "num_items": 1576}, "harm": 0.591}
+    (run.model / "rotation.json").write_text(json.dumps(rotation))
+    assert gather_evidence([run])["FP8"].changes == (
+        (
+            "Rotated",
+            "into bases learned from 1,576 items of default, where rounding is expected to do "
+            "0.59 times the harm",
+        ),
+    )
+
+
+def test_file_that_is_no_rotation_is_named(run: Any) -> None:
+    (run.model / "rotation.json").write_text('{"harm": 1}')
+    with pytest.raises(DataError, match=r"rotation\.json: not what nvvl rotate wrote"):
+        gather_evidence([run])
+
+
 def test_missing_proof_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.json: cannot be read"):
         read_proof(tmp_path / "nowhere.json")

@@ -179,7 +179,7 @@ def rotate(
 ) -> None:
     """Write an equal BF16 model whose hidden states round to NVFP4 with less harm.
 
-    Quantize, distil and serve it as any other.
+    Quantize, distill and serve it as any other.
     """
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import print_json, show_progress

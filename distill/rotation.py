@@ -32,7 +32,7 @@ _LEAST = 1e-6
 
 
 def expected_harm(
-    sensitivities: Sequence[Sensitivity], gains: Sequence[Tensor | None] | None = None
+    sensitivities: Sequence[Sensitivity], gains: Sequence[Tensor] | None = None
 ) -> float:
     """Return the sum above of inputs as they are, under the gains they have now."""
     total = 0.0

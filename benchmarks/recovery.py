@@ -4,9 +4,9 @@
     python -m nvvl.benchmarks.recovery runs/embedded runs/nvfp4 runs/qad
 
 Takes runs of BF16, of plain quantization (PTQ) and of what is compared with it, which were asked
-the same items. Of each suite, and of all items together: KL to BF16 as a ratio to PTQ's, exact
-match less PTQ's and less BF16's in points, with paired 95 % intervals, and the share of the loss
-that came back.
+the same items. Of each suite, and of all items together: KL to BF16, its ratio to PTQ's and its
+difference, exact match less PTQ's and less BF16's in points, with paired 95 % intervals, and the
+share of the loss that came back.
 """
 
 import argparse
@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from nvvl.reports.comparable import require_comparable
-from nvvl.reports.compare import Interval, bootstrap_ratio, paired_difference, recovery_percent
+from nvvl.reports.compare import (
+    Interval,
+    bootstrap_intervals,
+    bootstrap_ratio,
+    paired_difference,
+    recovery_percent,
+)
 from nvvl.reports.run import RunResult, load_run
 
 ALL = "all"
@@ -42,9 +48,11 @@ def compare(runs: Sequence[RunResult]) -> list[dict[str, object]]:
         lost = right[0].mean() - right[1].mean()
         for run, own_kl, own_right in zip(runs[1:], kl[1:], right[1:], strict=True):
             row: dict[str, object] = {"suite": suite, "run": run.label}
+            (row["kl"],) = bootstrap_intervals(own_kl[:, None])
             row["less_bf16"] = paired_difference(right[0], own_right)
             if run is not runs[1]:
                 row["kl_ratio"] = bootstrap_ratio(own_kl, kl[1])
+                row["kl_less_ptq"] = paired_difference(kl[1], own_kl)
                 row["less_ptq"] = paired_difference(right[1], own_right)
                 row["recovered"] = recovery_percent(own_right.mean() - right[1].mean(), lost)
             rows.append(row)
@@ -54,15 +62,18 @@ def compare(runs: Sequence[RunResult]) -> list[dict[str, object]]:
 def to_markdown(rows: Sequence[dict[str, object]]) -> str:
     """Return the rows as a table; exact match in points."""
     lines = [
-        "| suite | | KL, times PTQ's | less PTQ, points | less BF16, points | recovered |",
-        "|---|---|---|---|---|---|",
+        "| suite | | KL to BF16 | times PTQ's | less PTQ's "
+        "| exact match less PTQ, points | less BF16, points | recovered |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         recovered = row.get("recovered")
         cells = [
             row["suite"],
             row["run"],
+            show(row["kl"], "{:.4f}"),
             show(row.get("kl_ratio"), "{:.3f}"),
+            show(row.get("kl_less_ptq"), "{:+.4f}"),
             show(row.get("less_ptq"), "{:+.2f}", 100),
             show(row["less_bf16"], "{:+.2f}", 100),
             "" if recovered is None else f"{recovered:.0f} %",

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from nvvl.options import (
 if TYPE_CHECKING:
     from nvvl.distill.blockwise import BlockwiseResult
     from nvvl.distill.recipe import DistillRecipe
+    from nvvl.distill.train import DistillResult
 
 DataOption = Annotated[
     str, typer.Option(metavar="SET", help="Items: default, a folder of images, or a JSONL file.")
@@ -72,7 +73,7 @@ def distill(
     Several processes: torchrun --nproc-per-node N -m nvvl distill ...
     """
     from nvvl.calib_data.manifest import load_calibration_set
-    from nvvl.console import print_json, show_progress
+    from nvvl.console import show_progress
     from nvvl.distill.blockwise import distill_blockwise
     from nvvl.distill.train import Execution
     from nvvl.distill.train import distill as distill_run
@@ -91,30 +92,15 @@ def distill(
             progress=progress,
             command=["nvvl", *sys.argv[1:]],
         )
+        result: BlockwiseResult | DistillResult | None
         if chosen.method == "layers":
-            layers = distill_blockwise(
+            result = distill_blockwise(
                 run, source, out, chosen, items, seed=seed, execution=execution
             )
-            result = None
         else:
-            layers = None
             result = distill_run(run, source, out, chosen, items, seed=seed, execution=execution)
-    if layers is not None:
-        _show_layers(out, layers, as_json)
-        return
-    if result is None:  # the main process says it
-        return
-    if as_json:
-        losses = {"start_loss": result.start_loss, "best_loss": result.best_loss}
-        print_json(
-            {"out": str(out), "bf16": str(result.bf16), **losses, "best_step": result.best_step}
-        )
-        return
-    print(
-        f"{out}: validation loss {result.start_loss:.5f} before, {result.best_loss:.5f} at step "
-        f"{result.best_step}, which is written"
-    )
-    print(f"prove it: nvvl verify {out} --against {result.bf16}")
+    if result is not None:  # otherwise the main process says it
+        _show_distilled(out, result, as_json)
 
 
 def precompute(
@@ -212,19 +198,33 @@ def rotate(
     print(f"go on: nvvl quantize nvfp4 {out} OUT")
 
 
-def _show_layers(out: Path, result: "BlockwiseResult", as_json: bool) -> None:
+def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_json: bool) -> None:
     from nvvl.console import print_json
+    from nvvl.distill.train import DistillResult
 
+    values: dict[str, Any]
+    if isinstance(result, DistillResult):
+        values = {
+            "start_loss": result.start_loss,
+            "best_loss": result.best_loss,
+            "best_step": result.best_step,
+        }
+        text = (
+            f"validation loss {result.start_loss:.5f} before, {result.best_loss:.5f} at step "
+            f"{result.best_step}, which is written"
+        )
+    else:
+        better = [layer for layer in result.layers if layer.error < layer.start_error]
+        last = result.layers[-1]
+        values = {"layers": [vars(layer) for layer in result.layers]}
+        text = (
+            f"{len(better)} of {len(result.layers)} layers are nearer to BF16; error of the last "
+            f"{last.start_error:.2e} before its training, {last.error:.2e} after"
+        )
     if as_json:
-        layers = [vars(layer) for layer in result.layers]
-        print_json({"out": str(out), "bf16": str(result.bf16), "layers": layers})
+        print_json({"out": str(out), "bf16": str(result.bf16), **values})
         return
-    better = [layer for layer in result.layers if layer.error < layer.start_error]
-    last = result.layers[-1]
-    print(
-        f"{out}: {len(better)} of {len(result.layers)} layers are nearer to BF16; error of the "
-        f"last {last.start_error:.2e} before its training, {last.error:.2e} after"
-    )
+    print(f"{out}: {text}")
     print(f"prove it: nvvl verify {out} --against {result.bf16}")
 
 

@@ -14,7 +14,7 @@ of bases are turned (method: ``rotation.py``):
 ``rotation.json`` beside the weights says what was done, and goes along into what is made from them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.rotation import best_gains, expected_harm, learn_rotation
 from nvvl.distill.sensitivity import Sensitivity, measure_sensitivity, norm_key, values_key
 from nvvl.distill.teacher import teacher_digest
+from nvvl.distill.train import Progress
 from nvvl.distill.turn import Turn, TurnedWeights
 from nvvl.distill.write import write_bf16
 from nvvl.errors import CheckpointError, ConfigError
@@ -40,9 +41,6 @@ from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.side_files import ROTATION_NAME
 from nvvl.quantize.staging import staged_folder
-
-# (what is shown, done, in total)
-Progress = Callable[[str, int, int], None]
 
 # Items in one row of the two passes; as the distillation of the embedded model has them.
 _ITEMS_PER_ROW = 8

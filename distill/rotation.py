@@ -36,11 +36,11 @@ def expected_harm(
 ) -> float:
     """Return the sum above of inputs as they are, under the gains they have now."""
     total = 0.0
-    for index, sensitivity in enumerate(sensitivities):
-        gain = None if gains is None else gains[index]
-        inputs, gradients = sensitivity.inputs.diagonal(), sensitivity.gradients.diagonal()
-        if gain is not None:
-            inputs, gradients = inputs * gain.square(), gradients / gain.square()
+    for sensitivity, gain in zip(
+        sensitivities, gains or [torch.ones(())] * len(sensitivities), strict=True
+    ):
+        inputs = sensitivity.inputs.diagonal() * gain.square()
+        gradients = sensitivity.gradients.diagonal() / gain.square()
         total += float((_blocks(inputs).sum(-1) * _blocks(gradients).sum(-1)).sum())
     return total
 

@@ -113,17 +113,7 @@ def run_demo(
         if name == EXPORTED:
             built = _deploy(outputs[name], progress)
         proofs[name] = _prove(outputs[name], source, built.get(_GRAPHS.format(name)), progress)
-    rotate(
-        source,
-        rotated,
-        items,
-        num_held_out=max(1, num_calibration_items // 8),
-        seed=seed,
-        device=device,
-        overwrite=True,
-        progress=_within("rotate", progress),
-        command=_COMMAND,
-    )
+    _rotate(source, rotated, items, device=device, seed=seed, progress=progress)
     _quantize("nvfp4", rotated, outputs[ROTATED_NVFP4], items, device, progress)
     proofs[ROTATED_NVFP4] = _prove(outputs[ROTATED_NVFP4], rotated, None, progress)
     trained = _distill(
@@ -208,6 +198,29 @@ def _say_what_is_missing(built: Mapping[str, Path]) -> tuple[str, ...]:
         f"{name}: not built, needs pip install 'nvvl[{extra}]'"
         for name, extra in extras.items()
         if name not in built
+    )
+
+
+def _rotate(
+    source: Path,
+    out: Path,
+    items: CalibrationSet,
+    *,
+    device: str,
+    seed: int,
+    progress: ProgressCallback | None,
+) -> None:
+    """Write an equal model that is easier to round."""
+    rotate(
+        source,
+        out,
+        items,
+        num_held_out=max(1, items.num_requested // 8),
+        seed=seed,
+        device=device,
+        overwrite=True,
+        progress=_within("rotate", progress),
+        command=_COMMAND,
     )
 
 

@@ -54,7 +54,8 @@ def compare(runs: Sequence[RunResult]) -> list[dict[str, object]]:
                 row["kl_ratio"] = bootstrap_ratio(own_kl, kl[1])
                 row["kl_less_ptq"] = paired_difference(kl[1], own_kl)
                 row["less_ptq"] = paired_difference(right[1], own_right)
-                row["recovered"] = recovery_percent(own_right.mean() - right[1].mean(), lost)
+                won = own_right.mean() - right[1].mean()
+                row["recovered"] = recovery_percent(won, lost) if lost > 0 else None
             rows.append(row)
     return rows
 

@@ -92,7 +92,7 @@ def measure_all(weight_shape: tuple[int, int], x_shape: tuple[int, int], repeats
 
 
 def amax(x: torch.Tensor) -> Calls:
-    return ours(lambda: (kernels.amax(x),), portable=False)
+    return ours(lambda: (kernels.amax(x),), variants=False)
 
 
 def nvfp4_quantize(w: torch.Tensor) -> Calls:
@@ -111,7 +111,7 @@ def fp8_quantize(w: torch.Tensor) -> Calls:
     def modelopt() -> Result:
         return (FP8QTensor.quantize(w, scales=scale)[0]._quantized_data,)
 
-    return {**ours(lambda: (fp8.quantize(w, scale),), portable=False), "ModelOpt": modelopt}
+    return {**ours(lambda: (fp8.quantize(w, scale),), variants=False), "ModelOpt": modelopt}
 
 
 def nvfp4_fake_quantize(x: torch.Tensor) -> Calls:
@@ -130,10 +130,10 @@ def fp8_fake_quantize(x: torch.Tensor) -> Calls:
     found = kernels.amax(x)
     scale = fp8.scale_from_amax(found)
     eager = {"ModelOpt eager": lambda: (fp8_eager(x, found),)}
-    return {**ours(lambda: (fp8.fake_quantize(x, scale),), portable=False), **eager}
+    return {**ours(lambda: (fp8.fake_quantize(x, scale),), variants=False), **eager}
 
 
-def ours(call: Callable[[], Result], *, portable: bool = True) -> Calls:
+def ours(call: Callable[[], Result], *, variants: bool = True) -> Calls:
     """One entry for each path of nvvl's, plain torch first: it is the reference."""
 
     def on(path: str) -> Callable[[], Result]:
@@ -143,11 +143,10 @@ def ours(call: Callable[[], Result], *, portable: bool = True) -> Calls:
 
         return run
 
-    fastest = kernels.load_fastest()
     paths = {"nvvl plain torch": on("plain")}
-    if portable and fastest.variant != "portable":
-        paths["nvvl portable C"] = on("portable")
-    return {**paths, f"nvvl {fastest.variant if portable else 'C'}": on("auto")}
+    if not variants:
+        return {**paths, "nvvl C": on("auto")}
+    return {**paths, **{f"nvvl {name}": on(name) for name in reversed(kernels.list_variants())}}
 
 
 def measure(operation: str, x: torch.Tensor, calls: Calls, repeats: int) -> list[Row]:

@@ -1,9 +1,10 @@
 """Compile a C file at first use and load it, so that installing nvvl needs no compiler.
 
 The shared library is kept in ``${XDG_CACHE_HOME:-~/.cache}/nvvl/`` under a name that hashes the
-source, the flags, the processor and nvvl's version: a home directory shared by unlike machines
-holds one file for each, and an update never loads an old one. It is written beside its final name
-and renamed, so that processes that start together cannot load half a file.
+source, the headers whose names begin with its own, the flags, the processor and nvvl's version: a
+home directory shared by unlike machines holds one file for each, and an update never loads an old
+one. It is written beside its final name and renamed, so that processes that start together cannot
+load half a file.
 """
 
 import ctypes
@@ -62,7 +63,9 @@ def _cache_folder() -> Path:
 
 
 def _digest(source: Path) -> str:
-    parts = (source.read_bytes(), repr(_FLAG_SETS), _processor(), nvvl.__version__)
+    headers = sorted(source.parent.glob(f"{source.stem}*.h"))
+    texts = (path.read_bytes() for path in (source, *headers))
+    parts = (*texts, repr(_FLAG_SETS), _processor(), nvvl.__version__)
     joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
     return hashlib.sha256(joined).hexdigest()[:16]
 

@@ -2,9 +2,9 @@
 
 `active` gives the kernels that this machine runs, or None where only the plain torch code can run:
 no compiler (a warning says so once), or ``NVVL_KERNELS=plain`` in the environment.
-``NVVL_KERNELS=portable`` leaves out the AVX-512 intrinsics. All paths give the same bits, so the
-choice is one of speed alone; `nvvl.quantize.fp8` and `nvvl.quantize.nvfp4` make it for each tensor
-with `pick`.
+``NVVL_KERNELS=avx2`` and ``portable`` leave out the intrinsics of later processors, or all. All
+paths give the same bits, so the choice is one of speed alone; `nvvl.quantize.fp8` and
+`nvvl.quantize.nvfp4` make it for each tensor with `pick`.
 
 A tensor is cut into one range for each of torch's threads (``torch.get_num_threads``); ctypes
 releases the interpreter lock during the calls. Nothing but the outputs is allocated, except a copy
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -27,7 +27,8 @@ from nvvl.errors import HardwareError
 from nvvl.quantize.compiler import load_library
 from nvvl.quantize.formats import BLOCK_SIZE
 
-Variant = Literal["avx512", "portable"]
+Variant = Literal["avx512", "avx2", "portable"]
+"""Written with intrinsics, or in plain C; the fastest first."""
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -40,43 +41,47 @@ def active() -> "Kernels | None":
     """Return this machine's fastest kernels as the environment allows, or None for plain torch.
 
     Raises:
-        ValueError: If ``NVVL_KERNELS`` is none of ``auto``, ``portable`` and ``plain``.
+        ValueError: If ``NVVL_KERNELS`` is none of ``auto``, ``plain`` and the variants.
+        HardwareError: If it is a variant that this processor does not have.
     """
     wanted = os.environ.get("NVVL_KERNELS", "auto")
-    if wanted not in ("auto", "portable", "plain"):
-        raise ValueError(f"NVVL_KERNELS: auto, portable or plain was expected, got {wanted!r}")
     if wanted == "plain":
         return None
-    return _load_or_warn(portable=wanted == "portable")
+    if wanted == "auto":
+        return _load_fastest_or_warn()
+    if wanted not in get_args(Variant):
+        known = ", ".join(("auto", *get_args(Variant)))
+        raise ValueError(f"NVVL_KERNELS: {known} or plain was expected, got {wanted!r}")
+    return load(cast(Variant, wanted))
 
 
+@functools.cache
 def load(variant: Variant) -> "Kernels":
     """Load one variant of the kernels.
 
     Raises:
         HardwareError: If they cannot be compiled, or this processor does not have the variant.
     """
-    library = load_library(_SOURCE)
-    if not hasattr(library, f"nvvl_nvfp4_quantize_bf16_{variant}"):
+    if variant not in list_variants():
         raise HardwareError(f"this processor does not run the {variant} kernels")
-    return Kernels(library, variant)
+    return Kernels(load_library(_SOURCE), variant)
 
 
-def load_fastest() -> "Kernels":
-    """Load the best variant this processor runs.
+def list_variants() -> list[Variant]:
+    """List the variants that this processor runs, the fastest first.
 
     Raises:
         HardwareError: If the kernels cannot be compiled.
     """
     library = load_library(_SOURCE)
-    has_avx512 = hasattr(library, "nvvl_nvfp4_quantize_bf16_avx512")
-    return Kernels(library, "avx512" if has_avx512 else "portable")
+    variants: tuple[Variant, ...] = get_args(Variant)
+    return [name for name in variants if hasattr(library, f"nvvl_nvfp4_quantize_bf16_{name}")]
 
 
 @functools.cache
-def _load_or_warn(*, portable: bool) -> "Kernels | None":
+def _load_fastest_or_warn() -> "Kernels | None":
     try:
-        return load("portable") if portable else load_fastest()
+        return load(list_variants()[0])
     except HardwareError as error:
         warnings.warn(
             f"quantization runs on plain torch, some fifty times slower: {error}", stacklevel=2

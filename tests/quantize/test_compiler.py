@@ -42,6 +42,16 @@ def test_changed_source_is_compiled_anew(source: Path) -> None:
 
 
 @needs_compiler
+def test_changed_header_is_compiled_anew(source: Path) -> None:
+    header = source.with_name("answer_number.h")
+    header.write_text("#define NUMBER 1\n")
+    source.write_text('#include "answer_number.h"\nint answer(void) { return NUMBER; }\n')
+    assert load_library(source).answer() == 1
+    header.write_text("#define NUMBER 2\n")
+    assert load_library(source).answer() == 2
+
+
+@needs_compiler
 def test_compiler_error_is_reported_and_leaves_nothing(source: Path) -> None:
     source.write_text("this is not C\n")
     with pytest.raises(HardwareError, match=r"cc could not compile answer\.c"):

@@ -16,12 +16,12 @@ DTYPES = [torch.bfloat16, torch.float32]
 needs_compiler = pytest.mark.usefixtures("compiler")
 
 
-@pytest.fixture(params=["portable", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512"])
 def fast(request: pytest.FixtureRequest, compiler: str) -> Kernels:
     variant: Variant = request.param
     try:
         return kernels.load(variant)
-    except HardwareError as error:  # a processor without AVX-512 VBMI
+    except HardwareError as error:  # a processor without AVX2, or AVX-512 VBMI
         pytest.skip(str(error))
 
 
@@ -34,9 +34,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_memory_of_kernels() -> Iterator[None]:
     """Forget loaded kernels, so that they are looked for again."""
-    kernels._load_or_warn.cache_clear()
+    kernels._load_fastest_or_warn.cache_clear()
     yield
-    kernels._load_or_warn.cache_clear()
+    kernels._load_fastest_or_warn.cache_clear()
 
 
 def random_bits(dtype: torch.dtype, count: int, *, nan: bool) -> torch.Tensor:
@@ -190,16 +190,30 @@ def test_environment_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVVL_KERNELS", "plain")
     assert kernels.active() is None
     monkeypatch.setenv("NVVL_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="auto, portable or plain was expected, got 'fastest'"):
+    with pytest.raises(
+        ValueError, match="auto, avx512, avx2, portable or plain was expected, got 'fastest'"
+    ):
         kernels.active()
 
 
 @needs_compiler
-def test_portable_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVVL_KERNELS", "portable")
-    chosen = kernels.active()
-    assert chosen is not None
-    assert chosen.variant == "portable"
+def test_each_variant_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = kernels.list_variants()
+    assert variants[-1] == "portable"
+    for variant in ("auto", *variants):
+        monkeypatch.setenv("NVVL_KERNELS", variant)
+        chosen = kernels.active()
+        assert chosen is not None
+        assert chosen.variant == (variants[0] if variant == "auto" else variant)
+
+
+@needs_compiler
+def test_a_variant_of_other_processors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "list_variants", lambda: ["portable"])
+    kernels.load.cache_clear()
+    monkeypatch.setenv("NVVL_KERNELS", "avx512")
+    with pytest.raises(HardwareError, match="does not run the avx512 kernels"):
+        kernels.active()
 
 
 @pytest.mark.usefixtures("no_memory_of_kernels")

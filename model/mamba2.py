@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from nvvl.model.config import LanguageConfig
 from nvvl.model.packing import Packing
 from nvvl.model.products import Linear, product_dtype
+from nvvl.model.scan import CHUNK, pick_scan
 
 MambaState = tuple[Tensor, Tensor]
 
 # On a CPU, longer chunks spend their time inside chunks, shorter ones on states; the tokens that
 # are scanned at once are few, so that memory does not grow with the prompt and stays in the caches.
-CPU_CHUNK_SIZE = 64
+CPU_CHUNK_SIZE = CHUNK
 CPU_SPAN = 256
 
 
@@ -222,7 +223,8 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the Mamba2 recurrence over T tokens in chunks.
 
-    A GPU takes all chunks at once; a CPU takes shorter chunks, and ``CPU_SPAN`` tokens at once.
+    A GPU takes all chunks at once; a CPU takes shorter chunks, and ``CPU_SPAN`` tokens at once, or
+    runs `nvvl.model.scan`.
 
     ``state_t = exp(dt_t a) state_(t-1) + dt_t x_t b_t^T`` and ``y_t = state_t c_t + d x_t``.
 
@@ -242,6 +244,9 @@ def ssm_scan(
         y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
     """
     chunk = chunk_length(chunk_size, x.device)
+    compiled = pick_scan(x, dt, b, c, state) if keep is None or chunk == CPU_CHUNK_SIZE else None
+    if compiled is not None:
+        return compiled(x, dt, a, b, c, d, state, keep=keep)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:
         return scan_chunks(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     outputs = []

@@ -23,8 +23,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from nvvl.compiler import load_library
 from nvvl.errors import HardwareError
-from nvvl.quantize.compiler import load_library
 from nvvl.quantize.formats import BLOCK_SIZE
 
 Variant = Literal["avx512", "avx2", "portable"]

@@ -6,6 +6,7 @@ test and in whatever order tests run.
 
 import copy
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,15 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 2 and leaf == "weight" and "embeddings" not in name:
         return noise / shape[1] ** 0.5
     return 0.5 * noise
+
+
+@pytest.fixture
+def compiler() -> str:
+    """Give the C compiler; without one these tests would prove the plain path alone."""
+    found = shutil.which("cc")
+    if found is None:
+        pytest.fail("no C compiler: the kernels cannot be tested; install gcc (Debian: gcc)")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Calibration items, and the tiny model quantized with each preset once."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +13,6 @@ from nvvl.model.prompt import Message
 from nvvl.model.video import Video
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.walk import quantize_checkpoint
-
-
-@pytest.fixture
-def compiler() -> str:
-    """Give the C compiler; without one these tests would prove the plain path alone."""
-    found = shutil.which("cc")
-    if found is None:
-        pytest.fail("no C compiler: the kernels cannot be tested; install gcc (Debian: gcc)")
-    return found
-
 
 QuantizeTiny = Callable[[str], Path]
 

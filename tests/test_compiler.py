@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from nvvl import compiler
+from nvvl.compiler import load_library
 from nvvl.errors import HardwareError
-from nvvl.quantize import compiler
-from nvvl.quantize.compiler import load_library
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 

@@ -32,8 +32,13 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-# For this processor if the compiler knows how to; some compilers lack the option.
-_FLAG_SETS = ((*_FLAGS, "-march=native"), _FLAGS)
+# For this processor and with threads if the compiler knows how to; some lack an option. The threads
+# are torch's, whose OpenMP runtime is loaded already: others would wait for those to stop spinning.
+_FLAG_SETS = (
+    (*_FLAGS, "-march=native", "-fopenmp"),
+    (*_FLAGS, "-march=native"),
+    _FLAGS,
+)
 _TIMEOUT_S = 120
 
 
@@ -64,9 +69,9 @@ def _cache_folder() -> Path:
 
 def _digest(source: Path) -> str:
     headers = sorted(source.parent.glob(f"{source.stem}*.h"))
-    texts = (path.read_bytes() for path in (source, *headers))
-    parts = (*texts, repr(_FLAG_SETS), _processor(), nvvl.__version__)
-    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    texts = [path.read_bytes() for path in (source, *headers)]
+    parts = (repr(_FLAG_SETS), _processor(), nvvl.__version__)
+    joined = b"\0".join([*texts, *(part.encode() for part in parts)])
     return hashlib.sha256(joined).hexdigest()[:16]
 
 

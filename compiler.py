@@ -100,11 +100,12 @@ def _compile(source: Path, path: Path) -> None:
 
 
 def _run_compiler(command: list[str]) -> str:
-    """Return an empty string, or the last line the compiler said if it failed."""
+    """Return an empty string, or the first error, else the last line, that the compiler printed."""
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except subprocess.CalledProcessError as error:
-        return (str(error.stderr).strip().splitlines() or ["no message"])[-1]
+        lines = str(error.stderr).strip().splitlines() or ["no message"]
+        return next((line for line in lines if "error:" in line), lines[-1])
     except subprocess.TimeoutExpired:
         return f"no result after {_TIMEOUT_S} s"
     return ""

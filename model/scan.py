@@ -10,6 +10,7 @@ of a batch, or where in a packed row a sequence stands.
 import ctypes
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,13 +46,14 @@ def pick_scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor) -> "Co
 
 @functools.cache
 def load_scan() -> "CompiledScan | None":
-    """Load the compiled scan, or return None where this processor or machine has none.
+    """Load the compiled scan, or return None where this processor has none.
 
-    `nvvl.quantize.kernels` is what warns of a missing compiler.
+    Where it cannot be compiled, a warning says so once.
     """
     try:
         library = load_library(_SOURCE)
-    except HardwareError:
+    except HardwareError as error:
+        warnings.warn(f"the Mamba2 scan runs on plain torch: {error}", stacklevel=2)
         return None
     return CompiledScan(library) if hasattr(library, "nvvl_scan") else None
 

@@ -1,4 +1,4 @@
-/* FP8 and NVFP4 kernels for CPUs, one thread's share of a contiguous tensor at a time.
+/* FP8 and NVFP4 kernels for CPUs, on contiguous tensors.
  *
  * amax and FP8 are plain C that compilers vectorize well. NVFP4 exists three times: `_portable`,
  * plain C here, and with intrinsics in kernels_avx2.h and kernels_avx512.h. All of it, and the plain
@@ -256,33 +256,66 @@ void nvvl_use_huge_pages(void *memory, int64_t size) {
 #endif
 }
 
+/* Units of each thread's range: whole groups of 16, which the kernels with intrinsics take at once. */
+INLINE int64_t share(int64_t units, int64_t threads) {
+    int64_t step = (units + threads - 1) / threads;
+    return (step + 15) / 16 * 16;
+}
+
+/* Run WORK on ranges that cover `units`, each `part` units from `start` on, one range a thread;
+ * CLAUSE is one of OpenMP's or empty. */
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#define ON_THREADS(CLAUSE, WORK)                                                                 \
+    int64_t step = share(units, threads);                                                        \
+    PRAGMA(omp parallel for num_threads((int)threads) CLAUSE)                                    \
+    for (int64_t start = 0; start < units; start += step) {                                      \
+        int64_t part = units - start < step ? units - start : step;                              \
+        WORK;                                                                                    \
+    }
+
 #define EXPORT(NAME, DTYPE)                                                                      \
-    uint32_t nvvl_amax_##NAME(const void *x, int64_t count) {                                    \
-        return amax_bits(x, count, DTYPE);                                                       \
+    uint32_t nvvl_amax_##NAME(const void *x, int64_t units, int64_t threads) {                   \
+        uint32_t bits = 0;                                                                       \
+        ON_THREADS(reduction(max : bits),                                                        \
+                   uint32_t found = amax_bits(at(x, start, DTYPE), part, DTYPE);                 \
+                   bits = found > bits ? found : bits)                                           \
+        return bits;                                                                             \
     }                                                                                            \
-    void nvvl_fp8_quantize_##NAME(const void *x, void *out, int64_t count, float scale) {        \
-        fp8_quantize(x, out, count, scale, DTYPE);                                               \
+    void nvvl_fp8_quantize_##NAME(const void *x, uint8_t *out, int64_t units, float scale,       \
+                                  int64_t threads) {                                             \
+        ON_THREADS(, fp8_quantize(at(x, start, DTYPE), out + start, part, scale, DTYPE))         \
     }                                                                                            \
-    void nvvl_fp8_fake_quantize_##NAME(const void *x, void *out, int64_t count, float scale) {   \
-        fp8_fake_quantize(x, out, count, scale, DTYPE);                                          \
+    void nvvl_fp8_fake_quantize_##NAME(const void *x, void *out, int64_t units, float scale,     \
+                                       int64_t threads) {                                        \
+        ON_THREADS(, fp8_fake_quantize(at(x, start, DTYPE), at_out(out, start, DTYPE), part,     \
+                                       scale, DTYPE))                                            \
     }                                                                                            \
-    void nvvl_fp8_dequantize_##NAME(const void *codes, void *out, int64_t count, float scale) {  \
-        fp8_dequantize(codes, out, count, scale, DTYPE);                                         \
+    void nvvl_fp8_dequantize_##NAME(const uint8_t *codes, void *out, int64_t units, float scale, \
+                                    int64_t threads) {                                           \
+        ON_THREADS(, fp8_dequantize(codes + start, at_out(out, start, DTYPE), part, scale, DTYPE))\
     }
 
 #define EXPORT_NVFP4(NAME, DTYPE, VARIANT)                                                       \
-    void nvvl_nvfp4_quantize_##NAME##_##VARIANT(const void *x, void *packed, void *block_scale,  \
-                                                int64_t blocks, float tensor_scale) {            \
-        nvfp4_quantize_##VARIANT(x, packed, block_scale, blocks, tensor_scale, DTYPE);           \
+    void nvvl_nvfp4_quantize_##NAME##_##VARIANT(const void *x, uint8_t *packed,                  \
+                                                uint8_t *block_scale, int64_t units,             \
+                                                float tensor_scale, int64_t threads) {           \
+        ON_THREADS(, nvfp4_quantize_##VARIANT(at(x, start * BLOCK, DTYPE),                       \
+                                              packed + start * BLOCK / 2, block_scale + start,   \
+                                              part, tensor_scale, DTYPE))                        \
     }                                                                                            \
-    void nvvl_nvfp4_fake_quantize_##NAME##_##VARIANT(const void *x, void *out, int64_t blocks,   \
-                                                     float tensor_scale) {                       \
-        nvfp4_fake_quantize_##VARIANT(x, out, blocks, tensor_scale, DTYPE);                      \
+    void nvvl_nvfp4_fake_quantize_##NAME##_##VARIANT(const void *x, void *out, int64_t units,    \
+                                                     float tensor_scale, int64_t threads) {      \
+        ON_THREADS(, nvfp4_fake_quantize_##VARIANT(at(x, start * BLOCK, DTYPE),                  \
+                                                   at_out(out, start * BLOCK, DTYPE), part,      \
+                                                   tensor_scale, DTYPE))                         \
     }                                                                                            \
-    void nvvl_nvfp4_dequantize_##NAME##_##VARIANT(const void *packed, const void *block_scale,   \
-                                                  void *out, int64_t blocks,                     \
-                                                  float tensor_scale) {                          \
-        nvfp4_dequantize_##VARIANT(packed, block_scale, out, blocks, tensor_scale, DTYPE);       \
+    void nvvl_nvfp4_dequantize_##NAME##_##VARIANT(const uint8_t *packed,                         \
+                                                  const uint8_t *block_scale, void *out,         \
+                                                  int64_t units, float tensor_scale,             \
+                                                  int64_t threads) {                             \
+        ON_THREADS(, nvfp4_dequantize_##VARIANT(packed + start * BLOCK / 2, block_scale + start, \
+                                                at_out(out, start * BLOCK, DTYPE), part,         \
+                                                tensor_scale, DTYPE))                            \
     }
 
 EXPORT(bf16, BF16)

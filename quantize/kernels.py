@@ -6,9 +6,9 @@ no compiler (a warning says so once), or ``NVVL_KERNELS=plain`` in the environme
 paths give the same bits, so the choice is one of speed alone; `nvvl.quantize.fp8` and
 `nvvl.quantize.nvfp4` make it for each tensor with `pick`.
 
-A tensor is cut into one range for each of torch's threads (``torch.get_num_threads``); ctypes
-releases the interpreter lock during the calls. Nothing but the outputs is allocated, except a copy
-of inputs that are not contiguous.
+A tensor is cut into one range for each of torch's threads (``torch.get_num_threads``): the C code
+runs on the same ones, where the compiler has OpenMP. Nothing but the outputs is allocated, except
+a copy of inputs that are not contiguous.
 """
 
 import ctypes
@@ -16,8 +16,7 @@ import functools
 import os
 import struct
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -33,8 +32,8 @@ Variant = Literal["avx512", "avx2", "portable"]
 _SOURCE = Path(__file__).with_name("kernels.c")
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
-# Starting a thread costs about 0.1 ms: as much as a fast kernel needs for this many elements.
-_MIN_ELEMENTS_PER_THREAD = 1 << 19
+# Waking a thread costs some microseconds: as much as a fast kernel needs for this many elements.
+_MIN_ELEMENTS_PER_THREAD = 1 << 15
 
 
 def active() -> "Kernels | None":
@@ -136,16 +135,13 @@ class Kernels:
     def amax(self, x: torch.Tensor) -> torch.Tensor:
         """See `amax` of this module; x: bfloat16 or float32 on the CPU, not empty."""
         x = x.contiguous()
-        function = self._function("amax", x.dtype, (ctypes.c_void_p, ctypes.c_int64))
+        function = self._function(
+            "amax", x.dtype, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        )
         function.restype = ctypes.c_uint32
-        found: list[int] = []
-
-        def run(start: int, stop: int) -> None:
-            found.append(function(x.data_ptr() + start * x.element_size(), stop - start))
-
-        _split(x.numel(), 1, run)
         # As bits, magnitudes sort like floats, with the NaNs above infinity.
-        return torch.tensor(struct.unpack("f", struct.pack("I", max(found)))[0])
+        bits = function(x.data_ptr(), x.numel(), _num_threads(x.numel()))
+        return torch.tensor(struct.unpack("f", struct.pack("I", bits))[0])
 
     def nvfp4_quantize(self, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """See `nvvl.quantize.nvfp4.quantize`."""
@@ -212,33 +208,18 @@ class Kernels:
         *,
         per_unit: int = BLOCK_SIZE,
     ) -> None:
-        """Call a C function on every range of units; a unit is a block, or one FP8 element."""
+        """Call a C function on all units; a unit is a block, or one FP8 element."""
         numel = max(t.numel() for t in tensors)
         if numel == 0:
             return
-        units = numel // per_unit
         pointers = (ctypes.c_void_p,) * len(tensors)
-        function = self._function(name, dtype, (*pointers, ctypes.c_int64, ctypes.c_float))
+        argtypes = (*pointers, ctypes.c_int64, ctypes.c_float, ctypes.c_int64)
+        function = self._function(name, dtype, argtypes)
         function.restype = None
-        places = [(t.data_ptr(), t.nbytes // units) for t in tensors]
-
-        def run(start: int, stop: int) -> None:
-            function(*(base + start * size for base, size in places), stop - start, scale)
-
-        _split(units, per_unit, run)
+        units = numel // per_unit
+        function(*(t.data_ptr() for t in tensors), units, scale, _num_threads(numel))
 
 
-def _split(units: int, per_unit: int, run: Callable[[int, int], None]) -> None:
-    """Run ``run(start, stop)`` over ranges that cover ``units``, one range a thread."""
-    most = max(1, units * per_unit // _MIN_ELEMENTS_PER_THREAD)
-    num_threads = min(torch.get_num_threads(), most)
-    if num_threads == 1:
-        run(0, units)
-        return
-    # Whole groups of 16 blocks, which the AVX-512 kernels take at once, stay together.
-    step = -(-units // num_threads)
-    step = -(-step // BLOCK_SIZE) * BLOCK_SIZE
-    starts = range(0, units, step)
-    with ThreadPoolExecutor(num_threads) as pool:
-        stops = [min(start + step, units) for start in starts]
-        list(pool.map(run, starts, stops))
+def _num_threads(numel: int) -> int:
+    """Return how many of torch's threads are worth waking for so many elements."""
+    return min(torch.get_num_threads(), max(1, numel // _MIN_ELEMENTS_PER_THREAD))

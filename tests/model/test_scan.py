@@ -1,6 +1,8 @@
 """The compiled Mamba2 scan against the recurrence in float64, and when it is used."""
 
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +196,24 @@ def test_gradients_still_flow(scan: CompiledScan) -> None:
     ssm_scan(x, *rest, chunk_size=128)[0].sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_without_a_compiler_it_warns_once_and_torch_scans(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    arguments = make_arguments(CHUNK)
+    load_scan.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="plain torch: no C compiler: no-such-compiler"):
+            found = ssm_scan(*arguments, chunk_size=CHUNK)
+        assert_same(found, scan_chunks(*arguments, chunk_size=CHUNK))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ssm_scan(*arguments, chunk_size=CHUNK)
+    finally:
+        load_scan.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from nvvl.calib_data.line_charts import draw_line_chart
 from nvvl.calib_data.pages import draw_page, draw_two_pages
 from nvvl.calib_data.pie_charts import draw_pie_chart
 from nvvl.calib_data.tables import draw_receipt, draw_table
-from nvvl.calib_data.texts import Drawn, Source, draw_line, draw_text
+from nvvl.calib_data.texts import Drawn, Source, draw_line, draw_lines, draw_text
 from nvvl.calib_data.videos import FPS, draw_video
 from nvvl.calib_data.wear import wear
 from nvvl.calib_data.words import Strings
@@ -52,6 +52,7 @@ class Document:
 
 _LAYOUTS: dict[str, Callable[[Source], Drawn]] = {
     "line": draw_line,
+    "lines": draw_lines,
     "card": draw_card,
     "table": draw_table,
     "receipt": draw_receipt,

@@ -1,4 +1,4 @@
-"""Generated documents of running text: one line anywhere on a tile, and paragraphs."""
+"""Generated documents of text: one line anywhere on a tile, a tile full of lines, paragraphs."""
 
 import random
 from collections.abc import Callable
@@ -115,6 +115,40 @@ def draw_text(source: Source) -> Drawn:
     for index, line in enumerate(lines):
         canvas.text(x, y + face.ascent + index * pitch, line, face)
     return Drawn([canvas], [(TRANSCRIBE, "\n".join(lines))])
+
+
+def draw_lines(source: Source) -> Drawn:
+    """Fill a tile with lines that have nothing to do with each other, each in a font of its own."""
+    rng = source.rng
+    canvas = source.canvas()
+    while True:
+        lines = _compose_lines(source, canvas)
+        text = "\n".join(line for line, _ in lines)
+        if belongs(text, source.strings.split):
+            break
+    spare = canvas.height - 2 * MARGIN - sum(face.height for _, face in lines)
+    y = MARGIN
+    for line, face in lines:
+        gap = rng.randint(0, spare)
+        x = rng.randint(MARGIN, canvas.width - MARGIN - face.width(line))
+        canvas.text(x, y + gap + face.ascent, line, face)
+        y, spare = y + gap + face.height, spare - gap
+    return Drawn([canvas], [(TRANSCRIBE, text)])
+
+
+def _compose_lines(source: Source, canvas: Canvas) -> list[tuple[str, Face]]:
+    """Draw lines with their faces until the next is higher than what is left of the canvas."""
+    lines: list[tuple[str, Face]] = []
+    room = canvas.height - 2 * MARGIN
+    most = source.rng.randint(14, 34)
+    while True:
+        text, face = source.fit(
+            lambda: source.strings.line(4, 28), canvas.width - 2 * MARGIN, sizes=(13, most)
+        )
+        if lines and face.height > room:
+            return lines
+        lines.append((text, face))
+        room -= face.height
 
 
 def compose_paragraph(

@@ -21,6 +21,7 @@ ANSWER_CHARS = set(string.printable[:95]) | {"\n"}
 # Of the questions and answers of seeds 0 to 9, with strings and fonts of training.
 TURNS = {
     "line": "4e4f8f983551b1a5",
+    "lines": "ae6a15afbe97c003",
     "card": "df3b53008e23b8c1",
     "table": "44f24eb3bbfeb27f",
     "receipt": "891a4754fef63931",
@@ -226,7 +227,7 @@ def test_messages_alternate_and_the_first_has_the_media() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"kind": "letter", "split": "train"}, "required one of line, card, .*got 'letter'"),
+        ({"kind": "letter", "split": "train"}, "required one of line, lines, card, .*got 'letter'"),
         ({"kind": "line", "split": "test"}, "split: required train or held_out, got 'test'"),
         ({"kind": "line", "split": "train", "fonts": "all"}, "fonts: .* got 'all'"),
     ],

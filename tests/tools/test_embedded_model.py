@@ -13,7 +13,7 @@ from nvvl.model.processor import Processor
 from nvvl.tools.embedded_model.data import Batches, document_row, glyph_targets
 from nvvl.tools.embedded_model.publish import publish
 from nvvl.tools.embedded_model.spec import SPECIAL_TOKENS, VOCAB_SIZE, make_config
-from nvvl.tools.embedded_model.stages import GROUPS, Stage, make_stages
+from nvvl.tools.embedded_model.stages import GROUPS, Stage, make_refinement, make_stages
 from nvvl.tools.embedded_model.state import load_state, save_state
 from nvvl.tools.embedded_model.tokenizer import train_tokenizer
 from nvvl.tools.embedded_model.train import Trainee, freeze, initialize, make_optimizers, rate
@@ -99,6 +99,26 @@ def test_frozen_parts_get_no_gradient(trainee: Trainee, processor: Processor) ->
     answer_loss.backward()
     moved = {name.split(".")[1] for name, p in trainee.named_parameters() if p.grad is not None}
     assert moved == {"mlp1"}
+
+
+def test_refinement_starts_with_the_vision_tower_alone(
+    trainee: Trainee, processor: Processor
+) -> None:
+    head, vision, language, _ = make_refinement(1.0)
+    moved = []
+    for stage in (head, vision, language):
+        freeze(trainee, stage)
+        trainee.zero_grad(set_to_none=True)
+        batch = Batches(replace(stage, groups={"dense": 1.0}), processor, 0, 0.008)[0]
+        answer_loss, glyph_loss = trainee.losses(batch, stage)
+        (answer_loss + stage.glyph_weight * glyph_loss).backward()
+        names = [name for name, p in trainee.named_parameters() if p.grad is not None]
+        moved.append({name.removeprefix("model.").split(".")[0] for name in names})
+    assert moved == [
+        {"glyph_head"},
+        {"glyph_head", "vision_model"},
+        {"mlp1", "language_model"},
+    ]
 
 
 def test_rate_warms_up_then_falls_to_its_end() -> None:

@@ -8,7 +8,7 @@ then everything on single tiles, then pages of several tiles and short videos, t
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["vision", "projector", "language"]
+Part = Literal["vision", "glyph_head", "projector", "language"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,11 @@ class Stage:
     start: float = 1.0
     end: float = 1.0
 
+    @property
+    def answers(self) -> bool:
+        """Whether answers are learned; else glyphs alone are."""
+        return "projector" in self.parts or "language" in self.parts
+
 
 GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
     "single": (
@@ -45,6 +50,11 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
     "page": ({"page": 1.0}, 64, 576),
     "video": ({"video": 1.0}, 48, 832),
     "passage": ({"passage": 1.0}, 192, 320),
+    "dense": (
+        {"lines": 0.6, "card": 0.15, "table": 0.1, "text": 0.1, "line": 0.05},
+        256,
+        256,
+    ),
 }
 """Kinds of each group with their shares, rows of a batch, tokens of a row; a batch is one group."""
 
@@ -53,20 +63,56 @@ MIXED = {"single": 0.6, "page": 0.16, "two_pages": 0.1, "video": 0.1, "passage":
 LONG = {"single": 0.45, "page": 0.25, "two_pages": 0.12, "video": 0.14, "passage": 0.04}
 
 
-POLISH = {"single": 0.86, "page": 0.04, "two_pages": 0.04, "video": 0.03, "passage": 0.03}
+READING = {"dense": 0.5, "single": 0.44, "page": 0.02, "two_pages": 0.02, "video": 0.02}
 
 
-def make_polish(steps: int) -> Stage:
-    """Return the stage that trains a finished model further: everything, at a falling rate."""
-    return Stage(
-        name="polish",
-        groups=POLISH,
-        parts=("vision", "projector", "language"),
-        steps=steps,
-        glyph_weight=0.0,
-        start=0.25,
-        end=0.0,
-    )
+def make_refinement(scale: float) -> list[Stage]:
+    """Return the stages that let a trained model read better.
+
+    Trained with all the rest, the vision tower forgets how to tell glyphs. It learns that again, to
+    the end of its rate, on tiles full of text; then the projector and the language model learn to
+    read from it as it is; last, everything.
+    """
+
+    def steps(number: int) -> int:
+        return max(2, round(number * scale))
+
+    return [
+        Stage(
+            name="glyph_head",
+            groups={"dense": 1.0},
+            parts=("glyph_head",),
+            steps=steps(120),
+            glyph_weight=1.0,
+        ),
+        Stage(
+            name="vision_again",
+            groups={"dense": 1.0},
+            parts=("vision", "glyph_head"),
+            steps=steps(1400),
+            glyph_weight=1.0,
+            start=0.4,
+            end=0.0,
+        ),
+        Stage(
+            name="language_again",
+            groups=READING,
+            parts=("projector", "language"),
+            steps=steps(2000),
+            glyph_weight=0.0,
+            start=0.4,
+            end=0.2,
+        ),
+        Stage(
+            name="everything_again",
+            groups=READING,
+            parts=("vision", "glyph_head", "projector", "language"),
+            steps=steps(800),
+            glyph_weight=0.3,
+            start=0.2,
+            end=0.0,
+        ),
+    ]
 
 
 def make_stages(scale: float) -> list[Stage]:
@@ -75,12 +121,12 @@ def make_stages(scale: float) -> list[Stage]:
     def steps(number: int) -> int:
         return max(2, round(number * scale))
 
-    everything: tuple[Part, ...] = ("vision", "projector", "language")
+    everything: tuple[Part, ...] = ("vision", "glyph_head", "projector", "language")
     return [
         Stage(
             name="vision",
             groups={"single": 1.0},
-            parts=("vision",),
+            parts=("vision", "glyph_head"),
             steps=steps(2000),
             glyph_weight=1.0,
             replays=2,

@@ -244,7 +244,7 @@ def ssm_scan(
         y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
     """
     chunk = chunk_length(chunk_size, x.device)
-    compiled = pick_scan(x, dt, b, c, state) if keep is None or chunk == CPU_CHUNK_SIZE else None
+    compiled = pick_scan(x, dt, b, c, state) if chunk == CHUNK else None  # packed rows or not
     if compiled is not None:
         return compiled(x, dt, a, b, c, d, state, keep=keep)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:

@@ -72,6 +72,7 @@ def test_root_holds_package_modules_only() -> None:
         "__init__.py",
         "__main__.py",
         "cli.py",
+        "compiler.py",
         "console.py",
         "errors.py",
         "options.py",

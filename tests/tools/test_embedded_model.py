@@ -104,7 +104,7 @@ def test_frozen_parts_get_no_gradient(trainee: Trainee, processor: Processor) ->
 def test_refinement_starts_with_the_vision_tower_alone(
     trainee: Trainee, processor: Processor
 ) -> None:
-    head, vision, language, _ = make_refinement(1.0)
+    head, vision, language, *_ = make_refinement(1.0)
     moved = []
     for stage in (head, vision, language):
         freeze(trainee, stage)

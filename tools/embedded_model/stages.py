@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
     "page": ({"page": 1.0}, 64, 576),
     "video": ({"video": 1.0}, 48, 832),
     "passage": ({"passage": 1.0}, 192, 320),
+    "forms": ({"card": 0.5, "table": 0.25, "receipt": 0.25}, 256, 256),
     "dense": (
         {"lines": 0.6, "card": 0.15, "table": 0.1, "text": 0.1, "line": 0.05},
         256,
@@ -63,6 +64,15 @@ MIXED = {"single": 0.6, "page": 0.16, "two_pages": 0.1, "video": 0.1, "passage":
 LONG = {"single": 0.45, "page": 0.25, "two_pages": 0.12, "video": 0.14, "passage": 0.04}
 
 
+LOOKUP = {
+    "forms": 0.5,
+    "dense": 0.15,
+    "single": 0.15,
+    "page": 0.08,
+    "two_pages": 0.08,
+    "video": 0.02,
+    "passage": 0.02,
+}
 READING = {"dense": 0.5, "single": 0.44, "page": 0.02, "two_pages": 0.02, "video": 0.02}
 
 
@@ -71,7 +81,7 @@ def make_refinement(scale: float) -> list[Stage]:
 
     Trained with all the rest, the vision tower forgets how to tell glyphs. It learns that again, to
     the end of its rate, on tiles full of text; then the projector and the language model learn to
-    read from it as it is; last, everything.
+    read from it as it is, then everything; last, the language model to find a value among others.
     """
 
     def steps(number: int) -> int:
@@ -98,7 +108,7 @@ def make_refinement(scale: float) -> list[Stage]:
             name="language_again",
             groups=READING,
             parts=("projector", "language"),
-            steps=steps(2000),
+            steps=steps(1700),
             glyph_weight=0.0,
             start=0.4,
             end=0.2,
@@ -107,9 +117,18 @@ def make_refinement(scale: float) -> list[Stage]:
             name="everything_again",
             groups=READING,
             parts=("vision", "glyph_head", "projector", "language"),
-            steps=steps(800),
+            steps=steps(640),
             glyph_weight=0.3,
             start=0.2,
+            end=0.0,
+        ),
+        Stage(
+            name="lookup_again",
+            groups=LOOKUP,
+            parts=("projector", "language"),
+            steps=steps(1000),
+            glyph_weight=0.0,
+            start=0.3,
             end=0.0,
         ),
     ]

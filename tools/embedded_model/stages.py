@@ -6,6 +6,7 @@ then everything on single tiles, then pages of several tiles and short videos, t
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Part = Literal["vision", "glyph_head", "projector", "language"]
@@ -62,8 +63,7 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
 SINGLE = {"single": 0.94, "passage": 0.06}
 MIXED = {"single": 0.6, "page": 0.16, "two_pages": 0.1, "video": 0.1, "passage": 0.04}
 LONG = {"single": 0.45, "page": 0.25, "two_pages": 0.12, "video": 0.14, "passage": 0.04}
-
-
+READING = {"dense": 0.5, "single": 0.44, "page": 0.02, "two_pages": 0.02, "video": 0.02}
 LOOKUP = {
     "forms": 0.5,
     "dense": 0.15,
@@ -73,7 +73,12 @@ LOOKUP = {
     "video": 0.02,
     "passage": 0.02,
 }
-READING = {"dense": 0.5, "single": 0.44, "page": 0.02, "two_pages": 0.02, "video": 0.02}
+
+EVERYTHING: tuple[Part, ...] = ("vision", "glyph_head", "projector", "language")
+
+
+def _scaled(scale: float, steps: int) -> int:
+    return max(2, round(scale * steps))
 
 
 def make_refinement(scale: float) -> list[Stage]:
@@ -82,11 +87,9 @@ def make_refinement(scale: float) -> list[Stage]:
     Trained with all the rest, the vision tower forgets how to tell glyphs. It learns that again, to
     the end of its rate, on tiles full of text; then the projector and the language model learn to
     read from it as it is, then everything; last, the language model to find a value among others.
+    Steps are meant for batches an eighth of those of `GROUPS`, a second or two of two CPU cores.
     """
-
-    def steps(number: int) -> int:
-        return max(2, round(number * scale))
-
+    steps = partial(_scaled, scale)
     return [
         Stage(
             name="glyph_head",
@@ -116,7 +119,7 @@ def make_refinement(scale: float) -> list[Stage]:
         Stage(
             name="everything_again",
             groups=READING,
-            parts=("vision", "glyph_head", "projector", "language"),
+            parts=EVERYTHING,
             steps=steps(640),
             glyph_weight=0.3,
             start=0.2,
@@ -136,11 +139,7 @@ def make_refinement(scale: float) -> list[Stage]:
 
 def make_stages(scale: float) -> list[Stage]:
     """Return the stages, every number of steps multiplied by ``scale``."""
-
-    def steps(number: int) -> int:
-        return max(2, round(number * scale))
-
-    everything: tuple[Part, ...] = ("vision", "glyph_head", "projector", "language")
+    steps = partial(_scaled, scale)
     return [
         Stage(
             name="vision",
@@ -169,7 +168,7 @@ def make_stages(scale: float) -> list[Stage]:
         Stage(
             name="documents",
             groups=SINGLE,
-            parts=everything,
+            parts=EVERYTHING,
             steps=steps(3240),
             glyph_weight=0.05,
             replays=1,
@@ -177,7 +176,7 @@ def make_stages(scale: float) -> list[Stage]:
         Stage(
             name="pages_and_videos",
             groups=MIXED,
-            parts=everything,
+            parts=EVERYTHING,
             steps=steps(1840),
             glyph_weight=0.02,
             replays=1,
@@ -186,7 +185,7 @@ def make_stages(scale: float) -> list[Stage]:
         Stage(
             name="long",
             groups=LONG,
-            parts=everything,
+            parts=EVERYTHING,
             steps=steps(1380),
             glyph_weight=0.02,
             replays=1,

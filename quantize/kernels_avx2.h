@@ -34,7 +34,7 @@ INLINE void store_block(void *out, int64_t i, __m256 low, __m256 high, enum dtyp
 }
 
 /* Bits of a block's max |x|. */
-INLINE uint32_t block_amax_avx2(const void *x, enum dtype dtype) {
+INLINE uint32_t block_amax_bits(const void *x, enum dtype dtype) {
     if (dtype == F32) {
         __m256i v = _mm256_max_epu32(
             _mm256_and_si256(_mm256_loadu_si256(x), _mm256_set1_epi32(ABS_MASK)),
@@ -56,7 +56,7 @@ INLINE uint32_t block_amax_avx2(const void *x, enum dtype dtype) {
 INLINE int block_scales8(const void *x, float tensor_scale, uint8_t *scales, float *steps,
                          enum dtype dtype) {
     uint32_t bits[8];
-    for (int b = 0; b < 8; b++) bits[b] = block_amax_avx2(at(x, b * BLOCK, dtype), dtype);
+    for (int b = 0; b < 8; b++) bits[b] = block_amax_bits(at(x, b * BLOCK, dtype), dtype);
     __m256 amax = _mm256_castsi256_ps(_mm256_loadu_si256((const void *)bits));
     if (_mm256_movemask_ps(_mm256_cmp_ps(amax, amax, _CMP_UNORD_Q))) return 0;
     __m256 scale = _mm256_div_ps(amax, _mm256_set1_ps(6.f * tensor_scale));

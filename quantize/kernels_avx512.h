@@ -1,7 +1,5 @@
 /* NVFP4 kernels with AVX-512 (F, BW, DQ, VL, VBMI) intrinsics, 16 blocks at a time; part of
- * kernels.c. */
-
-#include <immintrin.h>
+ * kernels.c, behind kernels_avx2.h. */
 
 INLINE __m512 load16(const void *x, int64_t i, enum dtype dtype) {
     if (dtype == F32) return _mm512_loadu_ps((const float *)x + i);
@@ -50,20 +48,7 @@ INLINE __m512i e4m3_codes16(__m512 sum, __m512i rounder) {
 INLINE int block_scales16(const void *x, float tensor_scale, __m128i *scales, float *steps,
                           enum dtype dtype) {
     uint32_t bits[16];
-    for (int b = 0; b < 16; b++) {
-        if (dtype == F32) {
-            __m512i v = _mm512_loadu_si512(at(x, b * BLOCK, dtype));
-            v = _mm512_and_si512(v, _mm512_set1_epi32(ABS_MASK));
-            bits[b] = _mm512_reduce_max_epu32(v);
-        } else {
-            /* phminposuw finds the least of eight uint16: let it look at 0x7fff - magnitude. */
-            __m256i v = _mm256_loadu_si256(at(x, b * BLOCK, dtype));
-            v = _mm256_andnot_si256(v, _mm256_set1_epi16(0x7fff));
-            __m128i least = _mm_minpos_epu16(
-                _mm_min_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
-            bits[b] = (0x7fffu - (uint32_t)_mm_extract_epi16(least, 0)) << 16;
-        }
-    }
+    for (int b = 0; b < 16; b++) bits[b] = block_amax_bits(at(x, b * BLOCK, dtype), dtype);
     __m512 amax = _mm512_castsi512_ps(_mm512_loadu_si512(bits));
     if (has_nan(amax)) return 0;
     __m512 scale = _mm512_div_ps(amax, _mm512_set1_ps(6.f * tensor_scale));

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvvl.compiler import load_library
+from nvvl.model import scan as scan_module
 from nvvl.model.mamba2 import scan_chunks, ssm_scan
 from nvvl.model.scan import CHUNK, CompiledScan, _heads_at_once, load_scan, pick_scan
 
@@ -21,9 +23,10 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture
 def scan(compiler: str) -> CompiledScan:
-    found = load_scan()
-    if found is None:
+    if not hasattr(load_library(scan_module._SOURCE), "nvvl_scan"):  # it compiles, or this fails
         pytest.skip("this processor has no AVX512-BF16")
+    found = load_scan()
+    assert found is not None
     return found
 
 

@@ -17,12 +17,19 @@ from PIL import Image
 
 from nvvl.calib_data.charts import draw_chart
 from nvvl.calib_data.drawing import Glyph, Split
-from nvvl.calib_data.forms import draw_card
+from nvvl.calib_data.forms import draw_card, draw_scrambled_card
 from nvvl.calib_data.line_charts import draw_line_chart
 from nvvl.calib_data.pages import draw_page, draw_two_pages
 from nvvl.calib_data.pie_charts import draw_pie_chart
 from nvvl.calib_data.tables import draw_receipt, draw_table
-from nvvl.calib_data.texts import Drawn, Source, draw_line, draw_lines, draw_text
+from nvvl.calib_data.texts import (
+    Drawn,
+    Source,
+    draw_line,
+    draw_lines,
+    draw_scrambled_lines,
+    draw_text,
+)
 from nvvl.calib_data.videos import FPS, draw_video
 from nvvl.calib_data.wear import wear
 from nvvl.calib_data.words import Strings
@@ -63,6 +70,8 @@ _LAYOUTS: dict[str, Callable[[Source], Drawn]] = {
     "video": draw_video,
     "line_chart": draw_line_chart,
     "pie_chart": draw_pie_chart,
+    "scrambled_lines": draw_scrambled_lines,
+    "scrambled_card": draw_scrambled_card,
 }
 KINDS = tuple(_LAYOUTS)
 

@@ -88,6 +88,17 @@ def draw_card(source: Source) -> Drawn:
     return Drawn([canvas], turns)
 
 
+def draw_scrambled_card(source: Source) -> Drawn:
+    """Draw four to eight fields in small print, with values that nothing foretells."""
+    canvas = source.canvas()
+    rng = source.rng
+    fields = [(key, "scrambled") for key, _ in source.strings.fields(rng.randint(4, 8))]
+    rows = draw_fields(source, canvas, inside(canvas), fields, sizes=(13, 18)).rows
+    turns = [(ask_value(key), value) for key, value in rows]
+    rng.shuffle(turns)
+    return Drawn([canvas], turns)
+
+
 def draw_title(
     source: Source, canvas: Canvas, area: Area, *, max_size: int = 26
 ) -> tuple[str, int]:
@@ -116,13 +127,23 @@ class Fields:
     layout: str
 
 
-def draw_fields(source: Source, canvas: Canvas, area: Area, fields: Sequence[Row]) -> Fields:
-    """Draw fields, each a name with a kind of value, in one of four layouts inside an area."""
+def draw_fields(
+    source: Source,
+    canvas: Canvas,
+    area: Area,
+    fields: Sequence[Row],
+    *,
+    sizes: tuple[int, int] = (13, 24),
+) -> Fields:
+    """Draw fields, each a name with a kind of value, in one of four layouts inside an area.
+
+    ``sizes`` are the least and most of the wanted size; it is smaller where the area needs it.
+    """
     rng = source.rng
     left, top, right, bottom = area
     layout = rng.choice(("colon", "colon", "columns", "leader", "boxed"))
     count = len(fields)
-    size = min(rng.randint(13, 24), (bottom - top) * 10 // (count * 14))
+    size = min(rng.randint(*sizes), (bottom - top) * 10 // (count * 14))
     rows, pair = _compose_fields(source, layout, right - left - 2 * _GAP, size, fields)
     padding = 5 if layout == "boxed" else 0
     pitch = choose_pitch(rng, pair.height + 2 * padding, count, bottom - top)

@@ -11,7 +11,9 @@ from pathlib import Path
 TEXT = Path(__file__).parent / "text"
 
 _UPPER = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+_LOWER = "abcdefghijkmnopqrstuvwxyz"
 _DIGITS = "0123456789"
+_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _UNITS = ("kg", "g", "m", "cm", "mm", "km", "l", "ml", "W", "kW", "V", "GB", "MB", "Hz", "h")
 _CURRENCIES = ("$", "$", "$", "EUR ", "GBP ", "USD ")
@@ -175,10 +177,29 @@ def _words(rng: random.Random) -> str:
 
 def _scramble(rng: random.Random) -> str:
     """Draw letters that form no word, so that reading cannot be guessing."""
-    letters = "abcdefghijkmnopqrstuvwxyz"
-    parts = ["".join(rng.choices(letters, k=rng.randint(3, 8))) for _ in range(rng.randint(1, 3))]
+    parts = ["".join(rng.choices(_LOWER, k=rng.randint(3, 8))) for _ in range(rng.randint(1, 3))]
     text = " ".join(parts)
     return text if rng.random() < 0.7 else text.title()
+
+
+def _misspelt(rng: random.Random) -> str:
+    """Draw a name, place or word in which one to three characters are others."""
+    text = rng.choice((_place, _place, _person, _first_name, _cased_word, _phrase, _street))(rng)
+    chars = list(text)
+    for place in rng.sample(range(len(chars)), min(rng.randint(1, 3), len(chars) // 2)):
+        letters = _UPPER if chars[place].isupper() else _LOWER
+        if chars[place].isalpha():
+            chars[place] = rng.choice(letters)
+    return "".join(chars)
+
+
+def _noise(rng: random.Random) -> str:
+    """Draw characters of all kinds, a space here and there."""
+    chars = rng.choices(_LOWER + _UPPER + 2 * _DIGITS + _MARKS, k=rng.randint(4, 18))
+    for place in range(2, len(chars) - 2):
+        if rng.random() < 0.12 and chars[place - 1] != " ":
+            chars[place] = " "
+    return "".join(chars)
 
 
 def _symbols(rng: random.Random) -> str:
@@ -192,6 +213,12 @@ def _symbols(rng: random.Random) -> str:
         left, right = rng.choice(("()", "[]", "{}", '""', "''", "``", "<>"))
         text = f"{left}{text}{right}"
     return text + rng.choice(("", "", "!", "?", ";", ":", "$", "@", "#", "%"))
+
+
+def _scrambled(rng: random.Random) -> str:
+    """Draw a string that cannot be guessed, whatever of it was read."""
+    (draw,) = rng.choices((_misspelt, _noise, _scramble, _code, _symbols), (8, 4, 3, 3, 2))
+    return draw(rng)
 
 
 DRAWS: dict[str, Callable[[random.Random], str]] = {
@@ -211,6 +238,7 @@ DRAWS: dict[str, Callable[[random.Random], str]] = {
     "place": _place,
     "postcode": _postcode,
     "price": _price,
+    "scrambled": _scrambled,
     "site": _site,
     "street": _street,
     "time": _time,

@@ -32,6 +32,8 @@ TURNS = {
     "video": "e13943ae4be499f6",
     "line_chart": "40ea1784b3ce6024",
     "pie_chart": "4be2047058ece8f2",
+    "scrambled_lines": "304a0ed919946d95",
+    "scrambled_card": "315d21ad6b96f8fe",
 }
 
 

@@ -13,7 +13,7 @@ from nvvl.model.processor import Processor
 from nvvl.tools.embedded_model.data import Batches, document_row, glyph_targets
 from nvvl.tools.embedded_model.publish import publish
 from nvvl.tools.embedded_model.spec import SPECIAL_TOKENS, VOCAB_SIZE, make_config
-from nvvl.tools.embedded_model.stages import GROUPS, Stage, make_refinement, make_stages
+from nvvl.tools.embedded_model.stages import GROUPS, PLANS, Stage, make_refinement, make_stages
 from nvvl.tools.embedded_model.state import load_state, save_state
 from nvvl.tools.embedded_model.tokenizer import train_tokenizer
 from nvvl.tools.embedded_model.train import Trainee, freeze, initialize, make_optimizers, rate
@@ -119,6 +119,15 @@ def test_refinement_starts_with_the_vision_tower_alone(
         {"glyph_head", "vision_model"},
         {"mlp1", "language_model"},
     ]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_ends_with_the_rate_at_zero_and_can_be_resumed_by_stage_name(plan: str) -> None:
+    stages = PLANS[plan](0.01)
+    assert len({stage.name for stage in stages}) == len(stages)
+    assert stages[-1].end == 0.0
+    assert all(set(stage.groups) <= set(GROUPS) for stage in stages)
+    assert all(sum(stage.groups.values()) == pytest.approx(1.0) for stage in stages)
 
 
 def test_rate_warms_up_then_falls_to_its_end() -> None:

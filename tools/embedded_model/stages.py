@@ -5,6 +5,7 @@ that knows text come first (RADIO and the base model, there), then the projector
 then everything on single tiles, then pages of several tiles and short videos, then longer contexts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -57,6 +58,7 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
         256,
         256,
     ),
+    "scrambled": ({"scrambled_card": 0.5, "scrambled_lines": 0.5}, 256, 256),
 }
 """Kinds of each group with their shares, rows of a batch, tokens of a row; a batch is one group."""
 
@@ -72,6 +74,16 @@ LOOKUP = {
     "two_pages": 0.08,
     "video": 0.02,
     "passage": 0.02,
+}
+
+SMALL_PRINT = {
+    "scrambled": 0.5,
+    "forms": 0.18,
+    "single": 0.16,
+    "dense": 0.06,
+    "page": 0.04,
+    "two_pages": 0.04,
+    "video": 0.02,
 }
 
 EVERYTHING: tuple[Part, ...] = ("vision", "glyph_head", "projector", "language")
@@ -137,6 +149,33 @@ def make_refinement(scale: float) -> list[Stage]:
     ]
 
 
+def make_small_print(scale: float) -> list[Stage]:
+    """Return the stages that make a refined model read what it sees, not what it expects.
+
+    Where print was small it answered from the names it knew. Strings that cannot be guessed, most
+    of them small, teach the tower and the language model together; batches as `make_refinement`.
+    """
+    steps = partial(_scaled, scale)
+    return [
+        Stage(
+            name="small_glyph_head",
+            groups={"scrambled": 0.5, "dense": 0.5},
+            parts=("glyph_head",),
+            steps=steps(100),
+            glyph_weight=1.0,
+        ),
+        Stage(
+            name="small_print",
+            groups=SMALL_PRINT,
+            parts=EVERYTHING,
+            steps=steps(1350),
+            glyph_weight=0.3,
+            start=0.3,
+            end=0.0,
+        ),
+    ]
+
+
 def make_stages(scale: float) -> list[Stage]:
     """Return the stages, every number of steps multiplied by ``scale``."""
     steps = partial(_scaled, scale)
@@ -193,3 +232,11 @@ def make_stages(scale: float) -> list[Stage]:
             end=0.0,
         ),
     ]
+
+
+PLANS: dict[str, Callable[[float], list[Stage]]] = {
+    "whole": make_stages,
+    "refine": make_refinement,
+    "small_print": make_small_print,
+}
+"""Stages of each plan, of which every later one starts from a model of the one before."""

@@ -1,7 +1,7 @@
 """Train the embedded model, from nothing to a checkpoint folder in the released layout.
 
     python -m nvvl.tools.embedded_model.train OUT [--device cuda] [--scale 1.0] [--workers 14]
-    python -m nvvl.tools.embedded_model.train OUT --init model/embedded --refine --rows 0.125
+    python -m nvvl.tools.embedded_model.train OUT --plan refine --init model/embedded --rows 0.125
 
 Seeds are fixed: the same command gives the same documents in the same order. The state is written
 every few minutes and at the end of each stage; the same command goes on from there.
@@ -24,7 +24,7 @@ from nvvl.model.vlm import NemotronNanoVL
 from nvvl.tools.embedded_model.data import NUM_GLYPHS, TrainingBatch, batches, load_processor
 from nvvl.tools.embedded_model.publish import publish
 from nvvl.tools.embedded_model.spec import make_config
-from nvvl.tools.embedded_model.stages import Stage, make_refinement, make_stages
+from nvvl.tools.embedded_model.stages import PLANS, Stage
 from nvvl.tools.embedded_model.state import load_state, save_state
 
 MUON_RATE = 3e-3
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw documents")
     parser.add_argument("--compile", action="store_true", help="compile the layers (CUDA)")
     parser.add_argument("--init", type=Path, help="start from this checkpoint's weights")
-    parser.add_argument("--refine", action="store_true", help="the stages for a trained model")
+    parser.add_argument("--plan", choices=PLANS, default="whole", help="stages, see stages.py")
     parser.add_argument("--rows", type=float, default=1.0, help="multiplies the rows of a batch")
     parser.add_argument("--work", type=Path, help="resumable state (default OUT.work)")
     arguments = parser.parse_args()
@@ -225,7 +225,7 @@ def main() -> None:
         weights.pop("vision_model.radio_model.summary_idxs")  # written by `publish`
         trainee.model.load_state_dict(weights)
 
-    stages = (make_refinement if arguments.refine else make_stages)(arguments.scale)
+    stages = PLANS[arguments.plan](arguments.scale)
     names = [stage.name for stage in stages]
     first = names.index(stage_name) if stage_name else 0
     for index, stage in enumerate(stages[first:], start=first):

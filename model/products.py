@@ -16,8 +16,9 @@ from torch import Tensor, nn
 MIN_ROWS = 8
 """Rows from which widening the weight costs less than it gains."""
 
-_CHUNK_ELEMENTS = 8 * 2**20
-"""Elements of a weight that are widened at once: 32 MB of float32."""
+_CHUNK_ELEMENTS = 2 * 2**20
+"""Elements of a weight that are widened at once: 8 MB of float32, which the allocator keeps for the
+next ones; from 32 MB on it fetches fresh pages each time, at up to a fifth of a product's time."""
 
 
 @cache

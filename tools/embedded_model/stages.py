@@ -168,7 +168,7 @@ def make_small_print(scale: float) -> list[Stage]:
             name="small_print",
             groups=SMALL_PRINT,
             parts=EVERYTHING,
-            steps=steps(1350),
+            steps=steps(1150),
             glyph_weight=0.3,
             start=0.3,
             end=0.0,

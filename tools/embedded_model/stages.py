@@ -93,6 +93,24 @@ def _scaled(scale: float, steps: int) -> int:
     return max(2, round(scale * steps))
 
 
+def _glyph_head(name: str, groups: dict[str, float], steps: int) -> Stage:
+    """Return a stage that fits the glyph head, which no model keeps, to the tower as it is."""
+    return Stage(name=name, groups=groups, parts=("glyph_head",), steps=steps, glyph_weight=1.0)
+
+
+def _everything(name: str, groups: dict[str, float], steps: int, *, start: float) -> Stage:
+    """Return a stage that trains all parts of a trained model to the end of the rate."""
+    return Stage(
+        name=name,
+        groups=groups,
+        parts=EVERYTHING,
+        steps=steps,
+        glyph_weight=0.3,
+        start=start,
+        end=0.0,
+    )
+
+
 def make_refinement(scale: float) -> list[Stage]:
     """Return the stages that let a trained model read better.
 
@@ -103,13 +121,7 @@ def make_refinement(scale: float) -> list[Stage]:
     """
     steps = partial(_scaled, scale)
     return [
-        Stage(
-            name="glyph_head",
-            groups={"dense": 1.0},
-            parts=("glyph_head",),
-            steps=steps(120),
-            glyph_weight=1.0,
-        ),
+        _glyph_head("glyph_head", {"dense": 1.0}, steps(120)),
         Stage(
             name="vision_again",
             groups={"dense": 1.0},
@@ -128,15 +140,7 @@ def make_refinement(scale: float) -> list[Stage]:
             start=0.4,
             end=0.2,
         ),
-        Stage(
-            name="everything_again",
-            groups=READING,
-            parts=EVERYTHING,
-            steps=steps(640),
-            glyph_weight=0.3,
-            start=0.2,
-            end=0.0,
-        ),
+        _everything("everything_again", READING, steps(640), start=0.2),
         Stage(
             name="lookup_again",
             groups=LOOKUP,
@@ -157,22 +161,8 @@ def make_small_print(scale: float) -> list[Stage]:
     """
     steps = partial(_scaled, scale)
     return [
-        Stage(
-            name="small_glyph_head",
-            groups={"scrambled": 0.5, "dense": 0.5},
-            parts=("glyph_head",),
-            steps=steps(100),
-            glyph_weight=1.0,
-        ),
-        Stage(
-            name="small_print",
-            groups=SMALL_PRINT,
-            parts=EVERYTHING,
-            steps=steps(1150),
-            glyph_weight=0.3,
-            start=0.3,
-            end=0.0,
-        ),
+        _glyph_head("small_glyph_head", {"scrambled": 0.5, "dense": 0.5}, steps(100)),
+        _everything("small_print", SMALL_PRINT, steps(1150), start=0.3),
     ]
 
 

@@ -29,13 +29,19 @@ _ESTIMATE_SIZE = 256  # px at which unrounded widths are tabulated
 
 
 class Glyph(NamedTuple):
-    """One drawn character and the pixels it covers, ``x1`` and ``y1`` excluded."""
+    """One drawn character, the pixels it covers (without ``x1`` and ``y1``), and its font size."""
 
     char: str
     x0: int
     y0: int
     x1: int
     y1: int
+    size: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the pixels."""
+        return self.x0, self.y0, self.x1, self.y1
 
 
 @dataclass(frozen=True)
@@ -242,7 +248,7 @@ class Canvas:
                 corner = x + left, baseline + top
                 self.draw.bitmap(corner, opacity, fill=fill)
                 end = corner[0] + opacity.width, corner[1] + opacity.height
-                self.glyphs.append(Glyph(char, *corner, *end))
+                self.glyphs.append(Glyph(char, *corner, *end, face.size))
             x += face.advances[char]
         return x
 

@@ -89,11 +89,11 @@ def draw_card(source: Source) -> Drawn:
 
 
 def draw_scrambled_card(source: Source) -> Drawn:
-    """Draw four to eight fields in small print, with values that nothing foretells."""
+    """Draw four to eight fields, most in small print, with values that nothing foretells."""
     canvas = source.canvas()
     rng = source.rng
     fields = [(key, "scrambled") for key, _ in source.strings.fields(rng.randint(4, 8))]
-    rows = draw_fields(source, canvas, inside(canvas), fields, sizes=(13, 18)).rows
+    rows = draw_fields(source, canvas, inside(canvas), fields, sizes=(13, 20)).rows
     turns = [(ask_value(key), value) for key, value in rows]
     rng.shuffle(turns)
     return Drawn([canvas], turns)

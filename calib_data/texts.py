@@ -119,20 +119,30 @@ def draw_text(source: Source) -> Drawn:
 
 def draw_lines(source: Source) -> Drawn:
     """Fill a tile with lines that have nothing to do with each other, each in a font of its own."""
-    return _fill_tile(source, lambda: source.strings.line(4, 28), (14, 34))
+    return _fill_tile(
+        source,
+        lambda: source.strings.line(4, 28),
+        lambda: (13, source.rng.randint(14, 34)),
+    )
 
 
 def draw_scrambled_lines(source: Source) -> Drawn:
-    """Fill a tile with small print that cannot be guessed, each line in a font of its own."""
-    return _fill_tile(source, lambda: source.strings.value("scrambled", 28), (13, 20))
+    """Fill a tile with strings that cannot be guessed, either small or large where they fit."""
+    return _fill_tile(
+        source,
+        lambda: source.strings.value("scrambled", 28),
+        lambda: source.rng.choice(((13, 20), (20, 34))),
+    )
 
 
-def _fill_tile(source: Source, draw: Callable[[], str], most: tuple[int, int]) -> Drawn:
-    """Draw lines from top to bottom; ``most`` is the range of the largest size, in pixels."""
+def _fill_tile(
+    source: Source, draw: Callable[[], str], draw_sizes: Callable[[], tuple[int, int]]
+) -> Drawn:
+    """Draw lines from top to bottom, within the least and most of the wanted size."""
     rng = source.rng
     canvas = source.canvas()
     while True:
-        lines = _compose_lines(source, canvas, draw, rng.randint(*most))
+        lines = _compose_lines(source, canvas, draw, draw_sizes())
         text = "\n".join(line for line, _ in lines)
         if belongs(text, source.strings.split):
             break
@@ -147,13 +157,13 @@ def _fill_tile(source: Source, draw: Callable[[], str], most: tuple[int, int]) -
 
 
 def _compose_lines(
-    source: Source, canvas: Canvas, draw: Callable[[], str], most: int
+    source: Source, canvas: Canvas, draw: Callable[[], str], sizes: tuple[int, int]
 ) -> list[tuple[str, Face]]:
     """Draw lines with their faces until the next is higher than what is left of the canvas."""
     lines: list[tuple[str, Face]] = []
     room = canvas.height - 2 * MARGIN
     while True:
-        text, face = source.fit(draw, canvas.width - 2 * MARGIN, sizes=(13, most))
+        text, face = source.fit(draw, canvas.width - 2 * MARGIN, sizes=sizes)
         if lines and face.height > room:
             return lines
         lines.append((text, face))

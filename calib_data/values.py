@@ -217,8 +217,10 @@ def _symbols(rng: random.Random) -> str:
 
 def _scrambled(rng: random.Random) -> str:
     """Draw a string that cannot be guessed, whatever of it was read."""
-    (draw,) = rng.choices((_misspelt, _noise, _scramble, _code, _symbols), (8, 4, 3, 3, 2))
-    return draw(rng)
+    draws = (_misspelt, _noise, _scramble, _code, _symbols, _email)
+    (draw,) = rng.choices(draws, (8, 3, 4, 3, 4, 1))
+    text = draw(rng)
+    return text + rng.choice(".,;:!?") if rng.random() < 0.15 else text
 
 
 DRAWS: dict[str, Callable[[random.Random], str]] = {

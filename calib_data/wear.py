@@ -53,6 +53,7 @@ def _rotate(glyph: Glyph, degrees: float, size: tuple[int, int]) -> Glyph:
         max(math.floor(min(ys)), 0),
         min(math.ceil(max(xs)), size[0]),
         min(math.ceil(max(ys)), size[1]),
+        glyph.size,
     )
 
 

@@ -32,7 +32,7 @@ def test_wear_changes_pages_but_keeps_ink_darker_than_paper() -> None:
         changed += ImageChops.difference(image, canvas.image).getbbox() is not None
         grey = image.convert("L")
         for glyph in glyphs:
-            low, high = ImageStat.Stat(grey.crop(glyph[1:])).extrema[0]
+            low, high = ImageStat.Stat(grey.crop(glyph.box)).extrema[0]
             assert high - low >= 60, (seed, glyph)
     assert changed >= 30
 
@@ -45,5 +45,5 @@ def test_rotated_boxes_hold_all_the_ink(degrees: float) -> None:
         rotated = _rotate(glyph, degrees, image.size)
         assert 0 <= rotated.x0 < rotated.x1 <= 512
         assert 0 <= rotated.y0 < rotated.y1 <= 512
-        image.paste("white", rotated[1:])
+        image.paste("white", rotated.box)
     assert set(image.tobytes()) == {255}

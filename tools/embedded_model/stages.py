@@ -58,7 +58,8 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
         256,
         256,
     ),
-    "scrambled": ({"scrambled_card": 0.5, "scrambled_lines": 0.5}, 256, 256),
+    "scrambled": ({"scrambled_card": 0.45, "scrambled_lines": 0.55}, 256, 256),
+    "lone": ({"line": 1.0}, 256, 128),
 }
 """Kinds of each group with their shares, rows of a batch, tokens of a row; a batch is one group."""
 
@@ -77,12 +78,13 @@ LOOKUP = {
 }
 
 SMALL_PRINT = {
-    "scrambled": 0.5,
-    "forms": 0.18,
-    "single": 0.16,
-    "dense": 0.06,
-    "page": 0.04,
-    "two_pages": 0.04,
+    "scrambled": 0.44,
+    "lone": 0.14,
+    "forms": 0.14,
+    "dense": 0.12,
+    "single": 0.08,
+    "page": 0.03,
+    "two_pages": 0.03,
     "video": 0.02,
 }
 

@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the layers (CUDA)")
     parser.add_argument("--init", type=Path, help="start from this checkpoint's weights")
     parser.add_argument("--plan", choices=PLANS, default="whole", help="stages, see stages.py")
+    parser.add_argument("--seed", type=int, default=0, help="which documents are drawn")
     parser.add_argument("--rows", type=float, default=1.0, help="multiplies the rows of a batch")
     parser.add_argument("--work", type=Path, help="resumable state (default OUT.work)")
     arguments = parser.parse_args()
@@ -233,7 +234,7 @@ def main() -> None:
         stream = batches(
             stage,
             processor=processor,
-            seed=index,
+            seed=1000 * arguments.seed + index,
             first=begin,
             workers=arguments.workers,
             rows=arguments.rows,

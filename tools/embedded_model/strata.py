@@ -1,6 +1,6 @@
 """What the embedded model reads, by size of print and by what is printed: the tables of its card.
 
-    python -m nvvl.tools.embedded_model.strata MODEL [--items 2000] [--seed 1]
+    python -m nvvl.tools.embedded_model.strata embedded [--items 2000] [--seed 1]
 
 Asks held-out lines and cards, one question a document. With another seed than 0 they are not those
 of the suites `line` and `key_value`, so whoever trains on what this shows can still measure.
@@ -22,7 +22,7 @@ from nvvl.calib_data.items import document_item
 from nvvl.calib_data.texts import TRANSCRIBE
 from nvvl.calib_data.values import load_list
 from nvvl.calib_data.words import load_fields
-from nvvl.model.load import load_model
+from nvvl.model.load import load_model, resolve_model
 from nvvl.model.processor import Processor
 from nvvl.reports.compare import wilson_interval
 from nvvl.reports.measure import Panel
@@ -144,13 +144,14 @@ def print_table(title: str, rows: Sequence[tuple[str, int, int]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="checkpoint folder of the embedded model")
+    parser.add_argument("model", help="a checkpoint folder, or the word: embedded")
     parser.add_argument("--items", type=int, default=2000, help="documents of each kind")
     parser.add_argument("--seed", type=int, default=1, help="which documents are asked")
     arguments = parser.parse_args()
+    model = resolve_model(arguments.model)
     contents = {"line": line_stratum, "card": value_stratum}
     for kind, content in contents.items():
-        readings = list(read(arguments.model, kind, arguments.items, arguments.seed))
+        readings = list(read(model, kind, arguments.items, arguments.seed))
         print_table(f"{kind}, by size of print", tabulate(readings, size_stratum))
         print_table(f"{kind}, by content", tabulate(readings, content))
 

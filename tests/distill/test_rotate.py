@@ -117,14 +117,14 @@ def test_same_command_gives_the_same_bytes(
 def test_rotated_embedded_model_loses_less_to_nvfp4(tmp_path: Path) -> None:
     source = resolve_model("embedded")
     items = load_calibration_set("default", num_items=72)
-    rotate(source, tmp_path / "rotated", items, num_held_out=8, num_steps=100)
+    rotate(source, tmp_path / "rotated", items, num_held_out=8)
     calibration = load_calibration_set("default", num_items=24)
     errors = []
     for name, folder in (("plain", source), ("turned", tmp_path / "rotated")):
         out = tmp_path / name
         quantize_checkpoint(folder, out, PRESETS["nvfp4"](), calibration)
         errors.append(_logits_error(load_model(source), load_any(out)))
-    # 0.75 with 576 items and 400 steps; half of that gain is asked of a tenth of the work
+    # 0.82 with these 64 items, 0.77 with twice as many; 100 steps in place of 400 gave 0.93
     assert errors[1] < 0.88 * errors[0]
 
 
@@ -136,7 +136,7 @@ def _logits_error(teacher: NemotronNanoVL, student: NemotronNanoVL) -> float:
     processor = Processor.from_folder(resolve_model("embedded"))
     total, count = 0.0, 0
     for suite in find_suites(["line", "key_value"]):
-        for item in suite.items(24, seed=3):
+        for item in suite.items(32, seed=3):
             inputs = processor(item.messages, images=item.images)
             with torch.no_grad():
                 ours, theirs = (

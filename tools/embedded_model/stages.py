@@ -158,7 +158,7 @@ def make_refinement(scale: float) -> list[Stage]:
 def make_small_print(scale: float) -> list[Stage]:
     """Return the stages that make a refined model read what it sees, not what it expects.
 
-    Where print was small it answered from the names it knew. Strings that cannot be guessed, most
+    Where print was small it answered from the names it knew. Strings that cannot be guessed, half
     of them small, teach the tower and the language model together; batches as `make_refinement`.
     """
     steps = partial(_scaled, scale)

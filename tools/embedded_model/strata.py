@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -97,8 +98,7 @@ def value_stratum(reading: Reading) -> str:
     """Name the kind of a card's value."""
     if reading.question == TITLE:
         return "title"
-    kinds = {ask_value(key): kind for key, kind in load_fields()}
-    return kinds[reading.question]
+    return _kinds()[reading.question]
 
 
 def line_stratum(reading: Reading) -> str:
@@ -110,9 +110,19 @@ def line_stratum(reading: Reading) -> str:
         return "digits"
     if any(char.isdigit() or char in "@/$%#" for char in chars):
         return "letters and digits"
-    known = set(load_list("words.txt"))
-    words = (word.strip(".,;:!?").lower() for word in reading.truth.split())
-    return "words" if all(word in known for word in words) else "letters, names"
+    words = {word.strip(".,;:!?").lower() for word in reading.truth.split()}
+    return "words" if words <= _known_words() else "letters, names"
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    """Return the kind of value that each question about a card asks for."""
+    return {ask_value(key): kind for key, kind in load_fields()}
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    return frozenset(load_list("words.txt"))
 
 
 def tabulate(
@@ -125,8 +135,9 @@ def tabulate(
     """
     counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for reading in readings:
-        counts[stratum(reading)][0] += 1
-        counts[stratum(reading)][1] += reading.is_right
+        count = counts[stratum(reading)]
+        count[0] += 1
+        count[1] += reading.is_right
     return [(name, total, right) for name, (total, right) in sorted(counts.items())]
 
 

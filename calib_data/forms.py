@@ -14,7 +14,14 @@ from nvvl.calib_data.drawing import (
     load_face,
     widest,
 )
-from nvvl.calib_data.texts import TRANSCRIBE, Drawn, Source, Turn, choose_pitch
+from nvvl.calib_data.texts import (
+    SCRAMBLED_SIZES,
+    TRANSCRIBE,
+    Drawn,
+    Source,
+    Turn,
+    choose_pitch,
+)
 
 Row = tuple[str, str]
 Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -89,11 +96,15 @@ def draw_card(source: Source) -> Drawn:
 
 
 def draw_scrambled_card(source: Source) -> Drawn:
-    """Draw four to eight fields, most in small print, with values that nothing foretells."""
+    """Draw four to eight fields, most in small print, most with values that nothing foretells."""
     canvas = source.canvas()
     rng = source.rng
-    fields = [(key, "scrambled") for key, _ in source.strings.fields(rng.randint(4, 8))]
-    rows = draw_fields(source, canvas, inside(canvas), fields, sizes=(13, 20)).rows
+    fields = [
+        (key, "scrambled" if rng.random() < 0.7 else kind)
+        for key, kind in source.strings.fields(rng.randint(4, 8))
+    ]
+    sizes = rng.choice(SCRAMBLED_SIZES)
+    rows = draw_fields(source, canvas, inside(canvas), fields, sizes=sizes).rows
     turns = [(ask_value(key), value) for key, value in rows]
     rng.shuffle(turns)
     return Drawn([canvas], turns)

@@ -22,6 +22,7 @@ from nvvl.calib_data.words import Strings, belongs
 TILE = 256
 READ = "Read the text."
 TRANSCRIBE = "Transcribe the document."
+SCRAMBLED_SIZES = ((12, 16), (12, 16), (16, 32))  # px, least and most of a document's print
 
 Turn = tuple[str, str]
 
@@ -127,11 +128,11 @@ def draw_lines(source: Source) -> Drawn:
 
 
 def draw_scrambled_lines(source: Source) -> Drawn:
-    """Fill a tile with strings that cannot be guessed, either small or large where they fit."""
+    """Fill a tile with strings that cannot be guessed, most often in small print."""
     return _fill_tile(
         source,
         lambda: source.strings.value("scrambled", 28),
-        lambda: source.rng.choice(((13, 20), (20, 34))),
+        lambda: source.rng.choice(SCRAMBLED_SIZES),
     )
 
 

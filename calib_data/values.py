@@ -218,7 +218,7 @@ def _symbols(rng: random.Random) -> str:
 def _scrambled(rng: random.Random) -> str:
     """Draw a string that cannot be guessed, whatever of it was read."""
     draws = (_misspelt, _noise, _scramble, _code, _symbols, _email)
-    (draw,) = rng.choices(draws, (8, 3, 4, 3, 4, 1))
+    (draw,) = rng.choices(draws, (7, 3, 4, 4, 6, 3))
     text = draw(rng)
     return text + rng.choice(".,;:!?") if rng.random() < 0.15 else text
 

@@ -32,8 +32,8 @@ TURNS = {
     "video": "e13943ae4be499f6",
     "line_chart": "40ea1784b3ce6024",
     "pie_chart": "4be2047058ece8f2",
-    "scrambled_lines": "224a07060449fa2b",
-    "scrambled_card": "90a372bba72e923a",
+    "scrambled_lines": "218bad7637d1dec3",
+    "scrambled_card": "89efd3c2e68fa80d",
 }
 
 

@@ -78,10 +78,10 @@ LOOKUP = {
 }
 
 SMALL_PRINT = {
-    "scrambled": 0.44,
-    "lone": 0.14,
+    "scrambled": 0.42,
+    "lone": 0.18,
     "forms": 0.14,
-    "dense": 0.12,
+    "dense": 0.1,
     "single": 0.08,
     "page": 0.03,
     "two_pages": 0.03,
@@ -158,7 +158,7 @@ def make_refinement(scale: float) -> list[Stage]:
 def make_small_print(scale: float) -> list[Stage]:
     """Return the stages that make a refined model read what it sees, not what it expects.
 
-    Where print was small it answered from the names it knew. Strings that cannot be guessed, half
+    Where print was small it answered from the names it knew. Strings that cannot be guessed, most
     of them small, teach the tower and the language model together; batches as `make_refinement`.
     """
     steps = partial(_scaled, scale)

@@ -17,6 +17,10 @@ The command line prints the message, but for that of a `ReportedError`, and exit
 other exception is a bug of nvvl's own and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class NvvlError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -44,6 +48,20 @@ class DataError(NvvlError):
 
 class OutputError(NvvlError):
     """The output cannot be written where it was asked for."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says about a file or folder that is written into an `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception says, or its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class VerificationError(NvvlError):

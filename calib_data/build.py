@@ -35,7 +35,7 @@ from nvvl.calib_data.counts import count_tokens, describe_processor
 from nvvl.calib_data.fingerprints import Fingerprints, Overlap, find_overlaps
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
-from nvvl.calib_data.source_spec import Source
+from nvvl.calib_data.source_spec import Documents, Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
 from nvvl.errors import DataError, OutputError
@@ -49,6 +49,7 @@ SuitePrints = Iterable[tuple[str, Fingerprints]]
 
 _VERSIONS = ("datasets", "pillow", "pyarrow", "av", "pypdfium2")
 _NUM_NAMED = 5  # overlaps that an error names
+_MOST_LEFT_OUT = 1000  # generated documents in a row; there is no end to them
 
 
 @dataclass
@@ -156,6 +157,7 @@ class _Builder:
         self.records.append(record)
         taken: list[tuple[int, Row]] = []
         ids: set[str] = set()
+        num_left_out = 0
         for place, candidate in self._candidates(source):
             try:
                 item = finish_item(source, candidate.load())
@@ -170,7 +172,10 @@ class _Builder:
                 ids.add(item.item_id)
                 taken.append((place, row))
                 self._report(source, len(taken))
-            if len(taken) == source.count:
+            num_left_out = num_left_out + 1 if row is None else 0
+            if len(taken) == source.count or (
+                isinstance(source, Documents) and num_left_out == _MOST_LEFT_OUT
+            ):
                 break
         _require_enough(source, record, len(taken))
         record.num_items = len(taken)

@@ -18,12 +18,15 @@ from nvvl.calib_data.jsonl_files import parse_messages, place_media
 from nvvl.calib_data.source_spec import Hub
 from nvvl.calib_data.sources import ItemSource
 from nvvl.calib_data.text_files import first_words, passage_item
-from nvvl.errors import DataError
+from nvvl.errors import DataError, first_line
 from nvvl.model.prompt import Message
 from nvvl.model.tiling import open_image
 
 # Builders that read files of the user's own.
 LOCAL_BUILDERS = ("json", "parquet")
+
+# Where images that a row only names may be.
+_REMOTE = ("https://", "http://", "hf://", "s3://", "gs://")
 
 
 def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
@@ -43,7 +46,7 @@ def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
         try:
             row = next(rows, None)
         except Exception as error:  # whatever the network, the Hub or a builder raises
-            raise DataError(f"{_name(source)}: cannot be read ({_first_line(error)})") from None
+            raise DataError(f"{_name(source)}: cannot be read ({first_line(error)})") from None
         if row is None:
             return
         item_id = f"{source.config or source.split}-{number}"
@@ -52,7 +55,7 @@ def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
 
 def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DatasetNotFoundError
 
     files = list(source.data_files)
     if source.dataset in LOCAL_BUILDERS:
@@ -78,15 +81,15 @@ def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
         raise
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(
-            f"{_name(source)}: no such dataset or file, or it is private ({_first_line(error)})"
+            f"{_name(source)}: no such dataset or file, or it is private ({first_line(error)})"
         ) from None
     except OSError as error:  # ConnectionError, and what HTTP clients derive from it
         raise DataError(
-            f"{_name(source)}: the Hub cannot be reached ({_first_line(error)}); try again online, "
+            f"{_name(source)}: the Hub cannot be reached ({first_line(error)}); try again online, "
             "or use local files with dataset = 'parquet' or 'json'"
         ) from None
-    except (ValueError, DatasetsError) as error:
-        raise DataError(f"{_name(source)}: {_first_line(error)}") from None
+    except Exception as error:  # whatever a builder raises
+        raise DataError(f"{_name(source)}: {first_line(error)}") from None
     if source.shuffle:
         stream = stream.shuffle(seed=seed, buffer_size=source.shuffle)
     return iter(stream)
@@ -152,18 +155,17 @@ def _download(url: str, where: str) -> bytes:
     """Read an image that a row only names; never a file of this machine that a dataset names."""
     import fsspec
 
-    if "://" not in url or url.startswith(("file:", "local:")):
-        raise DataError(f"{where}: required the bytes of an image or a URL, got the path {url!r}")
+    # "::" chains file systems, the last of which may be this machine's
+    if not url.startswith(_REMOTE) or "::" in url:
+        raise DataError(
+            f"{where}: required the bytes of an image or a URL ({', '.join(_REMOTE)}), got {url!r}"
+        )
     try:
         system, path = fsspec.core.url_to_fs(url)
         return bytes(system.cat_file(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: {url}: cannot be read ({_first_line(error)})") from None
+    except Exception as error:  # whatever a client of the network raises
+        raise DataError(f"{where}: {url}: cannot be read ({first_line(error)})") from None
 
 
 def _name(source: Hub) -> str:
     return " ".join(filter(None, ("dataset", source.dataset, source.config)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

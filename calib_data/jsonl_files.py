@@ -13,7 +13,7 @@ from typing import Any
 
 from nvvl.calib_data.sources import ItemSource, failing_source, file_source
 from nvvl.errors import DataError
-from nvvl.model.prompt import Message
+from nvvl.model.prompt import Message, is_text
 
 _KEYS = ("id", "image", "images", "video", "messages")
 _PLACEHOLDERS = ("<image>", "<video>")
@@ -50,7 +50,7 @@ def jsonl_items(path: Path, *, keep_bad: bool = False) -> list[ItemSource]:
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def _parse_line(line: str, folder: Path, default_id: str) -> ItemSource:
     messages = parse_messages(row.get("messages"))
     messages = place_media(messages, len(images), len(videos))
     item_id = row.get("id", default_id)
-    if not isinstance(item_id, str):
+    if not isinstance(item_id, str) or not is_text(item_id):
         raise DataError(f"id: required a string, got {item_id!r}")
     return file_source(item_id, messages, images, videos)
 
@@ -93,7 +93,11 @@ def _find(folder: Path, name: object, what: str) -> Path:
     if not isinstance(name, str):
         raise DataError(f"{what}: required a path, got {name!r}")
     path = folder / name
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name too long, such as the bytes of an image; or no right to look
+        raise DataError(f"{what}: {name:.80}: cannot be read ({error.strerror})") from None
+    if not is_file:
         raise DataError(f"{what}: {path}: no such file")
     return path
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.source_spec import Shards
 from nvvl.calib_data.sources import IMAGE_SUFFIXES, ItemSource, failing_source
-from nvvl.errors import DataError
+from nvvl.errors import DataError, first_line
 from nvvl.model.prompt import Message
 from nvvl.model.tiling import open_image
 
@@ -54,11 +54,14 @@ def shard_items(source: Shards, *, base: Path) -> Iterator[ItemSource]:
         if not shards:
             raise DataError(f"{where}: required shards in {folder}/media, found none")
         images = _images(system, shards)
+        bad: set[int] = set()
         while pool := _take(images, _IMAGES_PER_ITEM * (source.count or 1)):
             with system.open(f"{path}/{source.subset}.jsonl", "rb") as lines:
-                yield from _match(lines, pool, where)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
+                yield from _match(lines, pool, where, bad)
+    except DataError:
+        raise
+    except Exception as error:  # whatever the network, the Hub or a damaged archive raises
+        raise DataError(f"{where}: cannot be read ({first_line(error)})") from None
 
 
 def _images(system: Any, shards: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -77,14 +80,21 @@ def _take(images: Iterator[tuple[str, bytes]], count: int) -> dict[str, bytes]:
     return dict(islice(images, count))
 
 
-def _match(lines: IO[bytes], pool: Mapping[str, bytes], where: str) -> Iterator[ItemSource]:
-    """Yield the conversations of which every image is in the pool, and that have one."""
+def _match(
+    lines: IO[bytes], pool: Mapping[str, bytes], where: str, bad: set[int]
+) -> Iterator[ItemSource]:
+    """Yield the conversations of which every image is in the pool, and that have one.
+
+    Broken lines are yielded once, and their numbers added to ``bad``.
+    """
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             names = _image_names(row)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            yield failing_source(f"line {number}", DataError(f"{where}:{number}: {error!r}"))
+            if number not in bad:
+                bad.add(number)
+                yield failing_source(f"line {number}", DataError(f"{where}:{number}: {error!r}"))
             continue
         if names and all(name in pool for name in names):
             item_id = str(row.get("id", number))
@@ -109,6 +119,8 @@ def _make_item(row: Mapping[str, Any], data: list[bytes], item_id: str, where: s
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: {error!r}") from None
     images = tuple(open_image(io.BytesIO(blob), name=where) for blob in data)
     return Item(item_id=item_id, messages=messages, images=images)
 

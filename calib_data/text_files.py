@@ -64,7 +64,7 @@ def first_words(text: str, words: int) -> str:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from nvvl.model.video import Video, sample_frames
 def read_video(path: Path) -> Video:
     """Decode the frames of a video file that the model is shown: 2 a second, at most 128.
 
+    Frames are turned upright, as photographs are: a telephone held upright writes them lying down.
     The file is decoded twice, for the number of frames in a header is often missing or wrong.
 
     Raises:
@@ -36,7 +37,7 @@ def read_video(path: Path) -> Video:
         wanted = frozenset(indices)
         with av.open(str(path)) as container:
             frames = tuple(
-                frame.to_image()
+                frame.to_image().rotate(frame.rotation, expand=True)
                 for index, frame in enumerate(container.decode(video=0))
                 if index in wanted
             )

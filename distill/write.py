@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nvvl.distill.optimize import INPUT_AMAX
-from nvvl.errors import OutputError
+from nvvl.errors import writing
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.quantize import kernels
@@ -160,10 +160,8 @@ def _read_recipe(run: Path) -> Recipe:
 
 
 def _copy_config(source: Path, folder: Path) -> None:
-    try:
+    with writing(folder / "config.json"):
         (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    except OSError as error:
-        raise OutputError(f"{folder}/config.json: cannot be written ({error.strerror})") from error
 
 
 def _write_manifest(

@@ -49,6 +49,17 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant"):
             raise DataError(f"message: role must be system, user or assistant, got {self.role!r}")
+        if not is_text(self.content):
+            raise DataError(f"message: required text, got half a character in {self.content!r:.60}")
+
+
+def is_text(string: str) -> bool:
+    """Tell whether a string can be written as UTF-8; half of an escaped pair in JSON cannot."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import nvvl.model
-from nvvl.errors import ConfigError
+from nvvl.errors import ConfigError, first_line
 
 # Data and text only: weights as pickles and Python code are never fetched.
 _HUB_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]
@@ -51,8 +51,8 @@ def _download(hub_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except (OSError, HTTPError, HFValidationError, EntryNotFoundError, XetDownloadError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{hub_id}: no such folder, and the Hub did not give a model of that name ({reason}); "
-            "check the name, log in if it is gated, or download it elsewhere and pass the folder"
+            f"{hub_id}: no such folder, and the Hub did not give a model of that name "
+            f"({first_line(error)}); check the name, log in if it is gated, or download it "
+            "elsewhere and pass the folder"
         ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nvvl
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.errors import CheckpointError, writing
 from nvvl.quantize.staging import MANIFEST_NAME
 
 _VERSIONED = ("torch", "nvidia-modelopt", "transformers", "safetensors")
@@ -144,7 +144,5 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    try:
+    with writing(path):
         path.write_bytes(encode_json(values))
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

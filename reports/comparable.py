@@ -79,6 +79,13 @@ def _require_same_items(runs: Sequence[RunResult]) -> None:
         raise DataError(
             f"report: two runs are labelled {', '.join(twice)}; evaluate with another --label"
         )
+    taught = [run for run in runs if run.settings.teacher_sha256 is not None]
+    for run in taught[1:]:
+        if run.settings.teacher_sha256 != taught[0].settings.teacher_sha256:
+            raise DataError(
+                f"{run.out}: its KL is to another teacher than that of {taught[0].out}; evaluate "
+                "both with the same --teacher"
+            )
     for baseline, run in ((runs[0], run) for run in runs[1:]):
         asked, hashes = (
             {a.key: a.item_sha256 for a in r.answers if a.condition == "right"}

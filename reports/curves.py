@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nvvl.errors import DataError, OutputError
+from nvvl.errors import DataError, writing
 from nvvl.reports.compare import Interval
 
 SweepKind = Literal["evs", "tiles"]
@@ -179,11 +179,9 @@ def write_curves(curves: Sweep | Depth, out: Path) -> None:
         OutputError: if it cannot be written.
     """
     path = out / (SWEEP_NAME if isinstance(curves, Sweep) else DEPTH_NAME)
-    try:
+    with writing(path):
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curves), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _read_point(values: dict[str, Any]) -> Point:

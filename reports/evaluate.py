@@ -141,6 +141,7 @@ def evaluate(
     if not suites or not candidates:
         raise DataError("evaluate: required at least one suite and one checkpoint")
     _require_items(suites, options.num_items)
+    _require_gate(suites[0], options)
     if len({Path(candidate.out).resolve() for candidate in candidates}) < len(candidates):
         raise DataError("evaluate: required another folder for the run of each checkpoint")
     folders = [Path(candidate.folder) for candidate in candidates]
@@ -282,11 +283,6 @@ class _Session:
 
     def _prepare(self, suite: Suite, condition: ImageCondition, index: int) -> Question:
         item = suite.make_item(index, self.options.seed)
-        if condition != "right" and not item.images:
-            raise DataError(
-                f"{item.item_id}: the image gate needs images; put another suite first, or set "
-                "gate_items to 0"
-            )
         if condition == "blank":
             item = _with_blank_images(item)
         elif condition == "other":
@@ -355,6 +351,15 @@ def _require_items(suites: Sequence[Suite], num_items: int) -> None:
                 f"{suite.name}: has {suite.num_available} items, asked for {num_items}; ask for "
                 "fewer items, or leave the suite out"
             )
+
+
+def _require_gate(suite: Suite, options: Options) -> None:
+    """Refuse to put the gate's questions to a suite without images, before anything is asked."""
+    if options.gate_items and not suite.make_item(0, options.seed).images:
+        raise DataError(
+            f"{suite.name}: the image gate needs images, and this suite, the first, has none; put "
+            "another suite first, or leave the gate out (--gate 0)"
+        )
 
 
 def _require_same_inputs(folders: Sequence[Path]) -> Processor:

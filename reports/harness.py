@@ -9,6 +9,7 @@ harness's own, whose data it fetches; that is then what the user asked for.
 """
 
 import difflib
+import hashlib
 import logging
 import os
 import random
@@ -160,6 +161,7 @@ def _new_run(
             device=options.device,
             dtype=str(options.dtype).removeprefix("torch."),
             tasks_folder=None if tasks_folder is None else str(tasks_folder),
+            tasks_sha256=None if tasks_folder is None else _hash_tasks(tasks_folder),
             lm_eval_version=version("lm-eval"),
             nvvl_version=nvvl.__version__,
         ),
@@ -168,6 +170,15 @@ def _new_run(
         items={},
         **about,
     )
+
+
+def _hash_tasks(folder: Path) -> str:
+    """Hash the task files of a folder, and the functions that they name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py")):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _open_tasks(tasks: Sequence[str], tasks_folder: Path | None) -> "TaskManager":

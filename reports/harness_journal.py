@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import DataError
+from nvvl.errors import DataError, writing
 
 
 class ResponseJournal:
@@ -34,10 +34,12 @@ class ResponseJournal:
                 self._responses[entry["sha256"]] = entry["response"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{path}: line {number} is not a response ({error}); say --overwrite"
+                    f"{path}: line {number} is not a response ({error}); delete the file: what it "
+                    "has is asked again"
                 ) from None
         if len(whole) < len(content):
-            path.write_bytes(whole)
+            with writing(path):
+                path.write_bytes(whole)
 
     @staticmethod
     def key(kind: str, args: Sequence[Any]) -> str:
@@ -54,11 +56,15 @@ class ResponseJournal:
         return self._responses[key]
 
     def add(self, keys: Sequence[str], responses: Sequence[Any]) -> None:
-        """Append a batch; requests that were answered before keep their response."""
+        """Append a batch; requests that were answered before keep their response.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
         lines = []
         for key, response in zip(keys, responses, strict=True):
             if key not in self._responses:
                 self._responses[key] = response
                 lines.append(json.dumps({"sha256": key, "response": response}) + "\n")
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.writelines(lines)

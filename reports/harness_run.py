@@ -37,6 +37,7 @@ class HarnessSettings:
         chat: whether prompts were put into the model's chat template.
         max_length: most tokens of a request.
         tasks_folder: with task files of the user's own.
+        tasks_sha256: of these files.
     """
 
     model_sha256: str
@@ -48,6 +49,7 @@ class HarnessSettings:
     device: str
     dtype: str
     tasks_folder: str | None
+    tasks_sha256: str | None
     lm_eval_version: str
     nvvl_version: str
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, writing
 from nvvl.reports.harness_run import (
     ITEMS_NAME,
     RESPONSES_NAME,
@@ -43,7 +43,7 @@ class HarnessStore:
 
         Raises:
             DataError: if there are files by the names of results that are none.
-            OutputError: if there are results of other settings.
+            OutputError: if there are results of other settings, or the folder cannot be written.
         """
         path = run.out / RESULTS_NAME
         if path.exists():
@@ -56,10 +56,11 @@ class HarnessStore:
                     f"({', '.join(_differing(present.settings, run.settings))}); choose another "
                     "folder, or say --overwrite"
                 )
-            path.unlink()
-        run.out.mkdir(parents=True, exist_ok=True)
-        for name in (ITEMS_NAME, RESPONSES_NAME):  # of which settings, nobody knows
-            (run.out / name).unlink(missing_ok=True)
+        with writing(run.out):
+            path.unlink(missing_ok=True)
+            run.out.mkdir(parents=True, exist_ok=True)
+            for name in (ITEMS_NAME, RESPONSES_NAME):  # of which settings, nobody knows
+                (run.out / name).unlink(missing_ok=True)
         return cls(run)
 
     def begin(self, tasks: Sequence[str]) -> None:
@@ -74,7 +75,8 @@ class HarnessStore:
         items: Mapping[str, tuple[ItemScores, ...]],
     ) -> None:
         """Add the results of a task that was begun; they are on disk when this returns."""
-        with (self.run.out / ITEMS_NAME).open("a", encoding="utf-8") as file:
+        path = self.run.out / ITEMS_NAME
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(_to_lines(items.values()))
         self.run = replace(
             self.run,

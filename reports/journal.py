@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, writing
 from nvvl.reports.harness_run import ITEMS_NAME, RESPONSES_NAME, RESULTS_NAME
 from nvvl.reports.run import (
     ANSWERS_NAME,
@@ -55,7 +55,8 @@ class Journal:
             overwrite: discard a run with other settings instead of refusing.
 
         Raises:
-            OutputError: if ``out`` holds a run with other settings, or files of something else.
+            OutputError: if ``out`` holds a run with other settings, or files of something else, or
+                cannot be written.
         """
         path = out / SETTINGS_NAME
         answers_path = out / ANSWERS_NAME
@@ -65,24 +66,31 @@ class Journal:
             if difference is None:
                 answers = {answer.key: answer for answer in read_answers(answers_path)}
             elif overwrite:
-                answers_path.unlink(missing_ok=True)
+                with writing(answers_path):
+                    answers_path.unlink(missing_ok=True)
             else:
                 raise OutputError(
                     f"{out}: holds a run with {difference}; give another folder or --overwrite"
                 )
         elif out.exists() and (not out.is_dir() or not _holds_tasks_alone(out)):
             raise OutputError(f"{out}: required a new or empty folder; give another one")
-        out.mkdir(parents=True, exist_ok=True)
         values = {**about, "settings": asdict(settings)}
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(values, indent=2) + "\n")
         replace_text(answers_path, "".join(_to_line(answer) for answer in answers.values()))
         return cls(out, settings, answers)
 
     def append(self, answers: Iterable[Answer]) -> None:
-        """Add answers; they are on disk when this returns."""
+        """Add answers; they are on disk when this returns.
+
+        Raises:
+            OutputError: if they cannot be written; those of before are kept.
+        """
         batch = list(answers)
         self.answers.update((answer.key, answer) for answer in batch)
-        with (self.out / ANSWERS_NAME).open("a", encoding="utf-8") as file:
+        path = self.out / ANSWERS_NAME
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(_to_line(answer) for answer in batch))
             file.flush()
             os.fsync(file.fileno())
@@ -109,10 +117,15 @@ def _holds_tasks_alone(out: Path) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
+    """Write a file so that a reader sees the old text or the new, never a part.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
 
 def _to_line(answer: Answer) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.listing import list_own
 from nvvl.calib_data.manifest import LazyItems
+from nvvl.errors import DataError
 from nvvl.reports.suites import SUITES
 
 # As many of each suite, and of the seed, as ``nvvl evaluate`` asks unless told otherwise.
@@ -21,12 +22,17 @@ def evaluation_sets(own: Sequence[str]) -> dict[str, Callable[[], Iterable[Item]
         own: Built sets, folders or JSONL files.
 
     Raises:
-        DataError: if a set is not there, or a line of it is malformed.
+        DataError: if a set is not there, has the name of a suite, or a line of it is malformed.
     """
     sets: dict[str, Callable[[], Iterable[Item]]] = {
         name: partial(suite.items, NUM_ITEMS, seed=SEED) for name, suite in SUITES.items()
     }
     for path in own:
+        if path in sets:
+            raise DataError(
+                f"--against {path}: is the name of a suite, which is compared anyway; give a "
+                f"folder of that name as ./{path}"
+            )
         items = LazyItems(list_own(Path(path)))
         sets[path] = partial(iter, items)
     return sets

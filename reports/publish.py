@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import OutputError
+from nvvl.errors import writing
 from nvvl.reports.card import render_card
 from nvvl.reports.collect import Report, collect
 from nvvl.reports.comparable import load_runs
@@ -84,8 +84,6 @@ def publish(
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None

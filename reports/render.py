@@ -13,7 +13,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, writing
 from nvvl.reports.collect import Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
 from nvvl.reports.harness_text import TASK_NOTES, describe_harness, make_task_rows
@@ -42,15 +42,16 @@ def write_report(report: Report, out: Path, *, name: str = "report") -> tuple[Pa
         The two paths.
 
     Raises:
-        OutputError: if ``out`` is a file.
+        OutputError: if ``out`` is a file, or a file cannot be written.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: required a folder for the report, got a file")
-    out.mkdir(parents=True, exist_ok=True)
     json_path, markdown_path = out / f"{name}.json", out / f"{name}.md"
-    json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    markdown_path.write_text(render_markdown(report), encoding="utf-8")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        markdown_path.write_text(render_markdown(report), encoding="utf-8")
     return json_path, markdown_path
 
 

@@ -149,6 +149,15 @@ def test_too_few_items_are_refused_with_the_reasons(build: Build, tmp_path: Path
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_documents_that_are_all_too_long_come_to_an_end(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvvl.calib_data.build._MOST_LEFT_OUT", 5)
+    source = {"kind": "documents", "name": "d", "count": 3, "kinds": ["line"]}
+    with pytest.raises(DataError, match=r"d: required 3 items, got 0 \(0 bad, 5 too long"):
+        build(source, max_tokens=3)
+
+
 def test_a_bad_item_is_refused_unless_it_may_be_skipped(build: Build, tmp_path: Path) -> None:
     save_image(tmp_path / "images/a.png")
     (tmp_path / "images/b.png").write_bytes(b"no image")

@@ -143,6 +143,7 @@ def test_shuffling_follows_the_seed(build: Build, tmp_path: Path) -> None:
         (ConnectionError("Couldn't reach it (timed out)\nmore"), r"cannot be reached \(Couldn't"),
         (datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist"), "no such dataset"),
         (ValueError("BuilderConfig 'x' not found"), "dataset some/set: BuilderConfig 'x' not"),
+        (RuntimeError("Dataset scripts are no longer supported"), "dataset some/set: Dataset scri"),
     ],
 )
 def test_datasets_that_cannot_be_had_give_one_line(
@@ -157,19 +158,39 @@ def test_datasets_that_cannot_be_had_give_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("prefix", ["", "file://", "simplecache::file://", "https://a::file://"])
 def test_a_file_of_this_machine_that_a_dataset_names_is_not_read(
-    build: Build, tmp_path: Path
+    build: Build, tmp_path: Path, prefix: str
 ) -> None:
     (tmp_path / "secret.png").write_bytes(png("red"))
-    row = {"picture": {"path": str(tmp_path / "secret.png"), "bytes": None}, "ask": "What?"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match="required the bytes of an image or a URL, got the path"):
-        build(
-            {
-                **{"kind": "hub", "dataset": "json", "data_files": ["a.jsonl"]},
-                **{"image": "picture", "question": "ask", "count": 1},
-            }
-        )
+    with pytest.raises(DataError, match="required the bytes of an image or a URL"):
+        build(naming(tmp_path, f"{prefix}{tmp_path / 'secret.png'}"))
+
+
+def naming(folder: Path, url: str) -> dict[str, Any]:
+    """Write a dataset whose one image is only named, and return it as a source."""
+    row = {"picture": {"path": url, "bytes": None}, "ask": "What?"}
+    (folder / "a.jsonl").write_text(json.dumps(row))
+    return {
+        **{"kind": "hub", "dataset": "json", "data_files": ["a.jsonl"], "name": "rows"},
+        **{"image": "picture", "question": "ask", "count": 1},
+    }
+
+
+def test_an_image_that_the_network_does_not_give_is_a_bad_item(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    class RefusedError(Exception):
+        """As clients of the network raise it: no OSError."""
+
+    def fail(_: str) -> None:
+        raise RefusedError("403, message='Forbidden'")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(DataError, match=r"https://a/b\.png: cannot be read \(403, message"):
+        build(naming(tmp_path, "https://a/b.png"))
 
 
 def write_shards(folder: Path, lines: Sequence[object], *shards: dict[str, bytes]) -> None:
@@ -233,13 +254,27 @@ def test_shards_that_cannot_be_used_are_named(build: Build, tmp_path: Path) -> N
         build({**SHARDS, "count": 1, "first_shard": 7})
 
 
+def test_a_broken_line_of_shards_is_one_bad_item_however_often_it_is_read(
+    build: Build, tmp_path: Path
+) -> None:
+    nobody = conversation("c", "c.png")
+    del nobody["messages"][0]["role"]
+    lines = ["{", nobody, conversation("d", "d.png"), conversation("f", "f.png")]
+    pictures = {f"{name}.png": png("red", (8 + i, 8)) for i, name in enumerate("abcdef")}
+    write_shards(tmp_path, lines, pictures)
+    bad = build({**SHARDS, "count": 2}, skip_bad=True)["sources"][0]["bad"]
+    assert [entry["id"] for entry in bad] == ["line 1", "c"]
+    assert bad[1]["reason"].endswith("tables:2: KeyError('role')")
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, Exception, TimeoutError])
 def test_a_dataset_of_shards_that_cannot_be_reached_is_named(
-    build: Build, monkeypatch: pytest.MonkeyPatch
+    build: Build, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     import fsspec
 
     def fail(url: str) -> None:
-        raise ConnectionError(f"no route to {url}")
+        raise kind(f"no route to {url}")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
     with pytest.raises(DataError, match=r"s: dataset no/such tables: cannot be .*hf://datasets"):

@@ -57,6 +57,28 @@ def test_unknown_kind_is_refused() -> None:
         generated_items(["song", "card", "letter"], seed=0, split="train")
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"image": "data:image/png;" + "A" * 5000, "messages": ASK}, r"A: cannot be read \("),
+        ({"messages": [{"role": "user", "content": "cut \ud83d"}]}, "half a character in 'cut"),
+        ({"id": "\ud83d", "messages": ASK}, "id: required a string"),
+    ],
+)
+def test_lines_that_no_file_system_and_no_tokenizer_takes_are_named(
+    tmp_path: Path, row: object, problem: str
+) -> None:
+    with pytest.raises(DataError, match=rf"items\.jsonl:1: .*{problem}") as caught:
+        jsonl_items(write_lines(tmp_path, row))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, {"messages": ASK})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(jsonl_items(path)) == 1
+
+
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_folder_gives_each_kind_of_image_the_default_question(tmp_path: Path, suffix: str) -> None:
     save_image(tmp_path / f"a{suffix}")

@@ -1,3 +1,4 @@
+import struct
 import sys
 from pathlib import Path
 
@@ -33,6 +34,30 @@ def test_frames_are_sampled_twice_a_second(tmp_path: Path) -> None:
     levels = [frame.convert("L").getpixel((30, 20)) for frame in video.frames]
     # lossy coding moves a flat grey by a level or two
     assert levels == pytest.approx([16 + 8 * index for index in (0, 6, 12, 19)], abs=4)
+
+
+def test_a_video_of_an_upright_telephone_is_turned(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pixels = np.zeros((48, 64, 3), dtype=np.uint8)
+        pixels[:, :32] = 255  # the left half is white
+        frames = [av.VideoFrame.from_ndarray(pixels, format="rgb24")] * 4
+        for packet in [*(p for frame in frames for p in stream.encode(frame)), *stream.encode()]:
+            container.mux(packet)
+    one = 1 << 16
+    as_is = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    # ISO 14496-12: x' = -y, y' = x, a quarter turn clockwise with y downwards
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    data = path.read_bytes()
+    header = data.index(b"tkhd")
+    path.write_bytes(data[:header] + data[header:].replace(as_is, turned, 1))
+    frame = np.asarray(read_video(path).frames[0].convert("L"))
+    assert frame.shape == (64, 48)
+    # lossy coding smears the edge
+    assert frame[:24].min() > 200
+    assert frame[40:].max() < 50
 
 
 def test_jsonl_may_name_a_video(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def make_harness_run() -> MakeHarnessRun:
             "device": "cpu",
             "dtype": "bfloat16",
             "tasks_folder": None,
+            "tasks_sha256": None,
             "lm_eval_version": "0.4.13",
             "nvvl_version": "0.1.0",
         }

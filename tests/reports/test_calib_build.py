@@ -86,3 +86,5 @@ def test_every_suite_is_compared_and_sets_must_exist(tmp_path: Path) -> None:
     assert [item.item_id for item in sets["line"]()] == ["line-0-0", "line-0-1", "line-0-2"]
     with pytest.raises(DataError, match="absent: no such file or folder"):
         overlap.evaluation_sets([str(tmp_path / "absent")])
+    with pytest.raises(DataError, match=r"video: is the name of a suite.* as \./video"):
+        overlap.evaluation_sets(["video"])

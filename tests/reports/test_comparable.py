@@ -126,6 +126,17 @@ def test_one_label_for_two_models_is_refused(make_harness_run: MakeRun, tmp_path
         collect([run, other])
 
 
+def test_kl_to_two_teachers_is_refused(tmp_path: Path) -> None:
+    runs = [evaluate(tmp_path / label, label) for label in ("BF16", "FP8", "NVFP4")]
+    taught = [
+        replace(run, settings=replace(run.settings, teacher_sha256=teacher))
+        for run, teacher in zip(runs, (None, "one", "other"), strict=True)
+    ]
+    assert len(collect(taught[:2]).runs) == 2
+    with pytest.raises(DataError, match=r"NVFP4: its KL is to another teacher than that of .*FP8"):
+        collect(taught)
+
+
 def test_the_first_run_has_what_the_others_are_compared_in(
     make_harness_run: MakeRun, tmp_path: Path
 ) -> None:

@@ -203,8 +203,9 @@ def test_the_gate_needs_images(run: Evaluate, tmp_path: Path) -> None:
     def make_text(index: int, seed: int) -> Item:
         return Item("text", (Message("user", "Which number?"), Message("assistant", "7")))
 
-    with pytest.raises(DataError, match="text: the image gate needs images"):
-        run(tmp_path, suites=[replace(NUMBERS, make_item=make_text)], num_items=1, gate_items=1)
+    with pytest.raises(DataError, match=r"number: the image gate needs images.*--gate 0"):
+        run(tmp_path, suites=[replace(NUMBERS, make_item=make_text)], num_items=9, gate_items=1)
+    assert not list(tmp_path.iterdir()), "refused before anything was asked"
 
 
 def test_the_gate_can_be_left_out(run: Evaluate, tmp_path: Path) -> None:

@@ -332,6 +332,10 @@ def test_task_files_of_ones_own_are_found(
     folder = tmp_path / "tasks"
     run = run_tasks(tiny_checkpoint, tmp_path / "run", ["mine"], options, tasks_folder=folder)
     assert run.results[0].task == "mine"
+    edited = folder / "mine.yaml"
+    edited.write_text(edited.read_text() + "\n# another filter\n")
+    with pytest.raises(OutputError, match=r"results with other settings \(tasks_sha256\)"):
+        run_tasks(tiny_checkpoint, tmp_path / "run", ["mine"], options, tasks_folder=folder)
     with pytest.raises(DataError, match="not a folder; required one with task files"):
         run_tasks(tiny_checkpoint, tmp_path, ["mine"], options, tasks_folder=tmp_path / "none")
 

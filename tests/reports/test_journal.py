@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,25 @@ def test_overwrite_discards_the_answers_of_other_settings(tmp_path: Path) -> Non
     assert open_journal(tmp_path, replace(SETTINGS, seed=1), overwrite=True).answers == {}
     with pytest.raises(DataError, match="5 of 5 answers are missing"):
         load_run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt/run: cannot be written \(Not a directory\)"):
+        open_journal(tmp_path / "notes.txt" / "run")
+    journal = open_journal(tmp_path / "run")
+    journal.append(ANSWERS[:1])
+
+    def fill_up(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill_up)
+        with pytest.raises(OutputError, match=r"answers\.jsonl: cannot be written \(No space left"):
+            journal.append(ANSWERS[1:2])
+    assert ANSWERS[0].key in open_journal(tmp_path / "run").answers
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

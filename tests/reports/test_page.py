@@ -94,7 +94,9 @@ def published(
     evaluate(
         [
             Candidate(folder=source, out=folder / "runs" / "bf16", label="BF16"),
-            Candidate(folder=out, out=folder / "runs" / "w4", label="W4 <b>"),
+            Candidate(
+                folder=out, out=folder / "runs" / "w4", label="W4 <b>", pruning_rate=0.5
+            ),  # of videos, which are not asked for here
         ],
         [replace(suite, max_new_tokens=8) for suite in find_suites(["line", "two_pages"])]
         + find_suites(["continuation"]),
@@ -257,6 +259,10 @@ def test_the_page_shows_every_part(page: str, published: Publication) -> None:
     quantized = published.report.runs[1]
     assert f"{quantized.weights_bytes:,} bytes" in page
     assert quantized.verified is True
+
+
+def test_what_was_pruned_is_said_of_the_run_it_was_pruned_in(page: str) -> None:
+    assert page.count("50 % of the tokens of videos pruned") == 1
 
 
 def test_text_of_runs_is_escaped(page: str) -> None:

@@ -70,6 +70,12 @@ class EngineOptions:
                 f"--timing-cache: {self.builder.name} measures nothing while it builds; leave it "
                 "out, or use --builder tensorrt"
             )
+        cache = self.timing_cache
+        if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+            raise EngineError(
+                f"--timing-cache: required a file in a folder that exists, got {cache}; make the "
+                "folder, or name another file"
+            )
 
     def require_memory(self, name: str, weight_bytes: int, layer_bytes: Sequence[int]) -> None:
         """Refuse a graph that takes more memory to build than there is; see `engine_memory`."""

@@ -107,10 +107,11 @@ class GraphSet:
 
     def side_files(self) -> list[Path]:
         """List the files that are needed beside engines: config, tokenizer, embedding."""
-        graph_files = {IO_NAME, MANIFEST_NAME, "recipe.json"}
+        graph_files = {IO_NAME, "recipe.json"}
         for info in self.infos.values():
             graph_files |= {info.path.name, *info.data_files}
-        return [path for path in sorted(self.folder.iterdir()) if path.name not in graph_files]
+        files: Mapping[str, str] = self.manifest["files"]
+        return [self.folder / name for name in sorted(files.keys() - graph_files)]
 
 
 def open_graphs(folder: Path) -> GraphSet:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nvvl.errors import CheckpointError
 from nvvl.export.checks import Check, judge, not_checked
-from nvvl.export.tensor_files import hash_tensor
+from nvvl.export.rules_config import find_copied_files
+from nvvl.export.tensor_files import CALIBRATION_NAME, hash_tensor
 from nvvl.export.view import CheckpointView
 
 # SHA-256, dtype, shape
@@ -23,6 +24,9 @@ _Entry = tuple[str, str, tuple[int, ...]]
 _WRITTEN = ("H1", "written tensors have the manifest's hashes")
 _SOURCE = ("H2", "source tensors have the manifest's hashes")
 _FILES = ("H3", "side files have the manifest's hashes")
+
+# Written beside weights and copied files; the manifest must have all of them.
+_MADE = ("config.json", "hf_quant_config.json", "recipe.json", CALIBRATION_NAME)
 
 
 @dataclass
@@ -105,11 +109,14 @@ class HashProof:
         faults = []
         for name, sha256 in sorted(self.files.items()):
             path = folder / name
-            if not path.exists():
+            if not path.is_file():
                 faults.append(f"{name}: missing")
             elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 faults.append(f"{name}: bytes changed since it was written")
-        return faults
+        found = {*find_copied_files(folder), *(name for name in _MADE if (folder / name).is_file())}
+        return faults + [
+            f"{name}: not in the manifest" for name in sorted(found - self.files.keys())
+        ]
 
 
 def unavailable_hashes(reason: str, *, passed: bool | None) -> list[Check]:

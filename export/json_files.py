@@ -22,8 +22,6 @@ _CONFIG_TYPES: Mapping[str, type] = {
     "quantization_config": dict,
     "quantization_config.ignore": list,
     "quantization_config.ignore.*": str,
-    "quantization_config.exclude_modules": list,
-    "quantization_config.exclude_modules.*": str,
     "quantization_config.quantized_layers": dict,
     "quantization_config.quantized_layers.*": dict,
     "quantization_config.config_groups": dict,
@@ -55,12 +53,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read one of a checkpoint's JSON files; None if there is no such file.
 
     Raises:
-        CheckpointError: if it is not JSON, or a key has another type than servers expect.
+        CheckpointError: if it cannot be read, is not JSON, or a key has another type than servers
+            expect.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):

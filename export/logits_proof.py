@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvvl.errors import NvvlError
-from nvvl.export.checks import Check, judge
+from nvvl.errors import ConfigError, NvvlError
+from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.tensor_files import tensor_bytes
 from nvvl.model.processor import ModelInputs, Processor, collate
 from nvvl.model.vlm import NemotronNanoVL
@@ -51,7 +51,10 @@ def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None
         probe_items: items to run; one with an image and one without if None.
     """
     items = default_probe_items() if probe_items is None else probe_items
-    processor = Processor.from_folder(source)
+    try:
+        processor = Processor.from_folder(source)
+    except ConfigError as fault:
+        return not_checked(*LOGITS, str(fault))
     inputs = [processor(item.messages, images=item.images, videos=item.videos) for item in items]
     try:
         written = _run(lambda: load_any(out), inputs)

@@ -16,7 +16,7 @@ import torch
 from onnx import StringStringEntryProto, TensorProto
 from torch import Tensor
 
-from nvvl.errors import OutputError
+from nvvl.errors import writing
 from nvvl.model.safetensors_io import tensor_bytes
 
 # Smaller tensors stay inside the graph: builders want scales and shapes there.
@@ -58,10 +58,8 @@ class DataFile:
         self.path = path
         self.sha256: dict[str, str] = {}
         self._tensors: dict[str, TensorProto] = {}
-        try:
+        with writing(path):
             self._file: BinaryIO = path.open("wb")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def __enter__(self) -> "DataFile":
         return self
@@ -104,13 +102,11 @@ class DataFile:
         return proto
 
     def _write_outside(self, proto: TensorProto, data: memoryview) -> None:
-        try:
+        with writing(self.path):
             offset = self._file.tell()
             self._file.write(b"\0" * (-offset % _ALIGNMENT))
             offset = self._file.tell()
             self._file.write(data)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
         proto.data_location = TensorProto.EXTERNAL
         entries = {"location": self.path.name, "offset": str(offset), "length": str(len(data))}
         proto.external_data.extend(

@@ -11,7 +11,7 @@ tiles and tokens and each carries its own states:
 
 After every run the largest difference of logits, and of every state, must be at most ``TOLERANCE``
 of the largest magnitude. What quantizers make of rounding is settled by `nvvl.export.onnx_ties`,
-and counted.
+and counted. Cases that are longer than the graphs' cache are left out, and counted too.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvvl.errors import EngineError, NvvlError
-from nvvl.export.checks import Check, judge
+from nvvl.errors import ConfigError, EngineError, NvvlError
+from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import default_probe_items
 from nvvl.export.onnx_export import file_faults, hash_file, read_manifest
 from nvvl.export.onnx_io import read_io
@@ -73,6 +73,7 @@ class _Score:
 
     largest: float = 0.0
     runs: int = 0
+    too_long: int = 0
     faults: list[str] = field(default_factory=list)
 
     def see(self, where: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -85,6 +86,16 @@ class _Score:
                 self.faults.append(
                     f"{where}: {name} differs by {error:.2e}, required {TOLERANCE:.0e}"
                 )
+
+    def check(self, rule: str, name: str, note: str = "") -> Check:
+        """State what was found."""
+        if self.too_long and not self.runs:
+            reason = "every case is longer than the cache; export with a larger kv_capacity"
+            return not_checked(rule, name, reason)
+        if self.too_long:
+            note += f"; {self.too_long} cases left out, longer than the cache"
+        note = f"{self.runs} runs, error {self.largest:.1e}{note}"
+        return judge(rule, name, self.faults, note=note)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -115,39 +126,38 @@ def prove_graphs(
     files = judge(*FILES, _file_faults(run, dest))
     if not files.passed:
         return [files]
-    try:
-        pair = _Pair(_load_model(run, dest), GraphFolder(dest, expose_inputs=True))
-    except NvvlError as fault:
-        return [files, judge(*VISION, [str(fault)])]
     items = default_probe_items() if probe_items is None else probe_items
     steps = _Steps(len(TILE_COUNTS) + len(CASES) + len(items), progress)
-    with torch.inference_mode(), pair.settling():
-        vision, prefill, decode = _Score(), _Score(), _Score()
-        for count in TILE_COUNTS:
-            _compare_vision(pair, count, vision)
-            steps.done("vision")
-        for batch, pieces in CASES:
-            _compare_steps(pair, batch, pieces, prefill, decode)
-            steps.done("prefill, decode")
-        text = _Score()
-        processor = Processor.from_folder(run)
-        for item in items:
-            _compare_text(pair, processor, item, text)
-            steps.done("text")
+    try:
+        pair = _Pair(_load_model(run, dest), GraphFolder(dest, expose_inputs=True))
+        with torch.inference_mode(), pair.settling():
+            return [files, *_compare_all(pair, run, items, steps)]
+    except NvvlError as fault:
+        return [files, judge(*VISION, [str(fault)])]
+
+
+def _compare_all(pair: "_Pair", run: Path, items: "Sequence[Item]", steps: "_Steps") -> list[Check]:
+    vision, prefill, decode, text = _Score(), _Score(), _Score(), _Score()
+    for count in TILE_COUNTS:
+        _compare_vision(pair, count, vision)
+        steps.done("vision")
+    for batch, pieces in CASES:
+        _compare_steps(pair, batch, pieces, prefill, decode)
+        steps.done("prefill, decode")
     ties = f"{pair.settler.num_ties} of {pair.settler.num_values} quantized values on an edge"
-    note = f"; {ties}" if pair.settler.num_values else ""
-    return [
-        files,
-        *(
-            judge(*name, score.faults, note=f"{score.runs} runs, error {score.largest:.1e}{extra}")
-            for name, score, extra in (
-                (VISION, vision, ""),
-                (PREFILL, prefill, ""),
-                (DECODE, decode, note),
-                (TEXT, text, ""),
-            )
-        ),
+    checks = [
+        vision.check(*VISION),
+        prefill.check(*PREFILL),
+        decode.check(*DECODE, f"; {ties}" if pair.settler.num_values else ""),
     ]
+    try:
+        processor = Processor.from_folder(run)
+    except ConfigError as fault:
+        return [*checks, not_checked(*TEXT, str(fault))]
+    for item in items:
+        _compare_text(pair, processor, item, text)
+        steps.done("text")
+    return [*checks, text.check(*TEXT)]
 
 
 def _load_model(run: Path, dest: Path) -> NemotronNanoVL:
@@ -224,6 +234,11 @@ class _Pair:
         reference = self.model(inputs_embeds=embeds, state=state, logits_to_keep=1)
         return output, reference.logits[:, -1], reference.state
 
+    def holds(self, num_tokens: int) -> bool:
+        """Whether this many tokens fit into the graphs' cache."""
+        model = self.graphs.model
+        return model["kv_cache"] != "fixed" or num_tokens <= model["kv_capacity"]
+
     def _kv_linears(self) -> dict[str, str]:
         """Return the linear that gives each key or value state, by the state's name."""
         return {
@@ -246,6 +261,10 @@ def _compare_vision(pair: _Pair, num_tiles: int, score: _Score) -> None:
 def _compare_steps(
     pair: _Pair, batch: int, pieces: Sequence[int], prefill: _Score, decode: _Score
 ) -> None:
+    if not pair.holds(sum(pieces)):
+        prefill.too_long += 1
+        decode.too_long += 1
+        return
     generator = torch.Generator().manual_seed(_SEED + sum(pieces))
     vocab = pair.model.config.language.vocab_size
     ids = torch.randint(0, vocab, (batch, sum(pieces)), generator=generator)
@@ -279,6 +298,9 @@ def _pairs(
 def _compare_text(pair: _Pair, processor: Processor, item: "Item", score: _Score) -> None:
     question = item.messages[:-1] if item.messages[-1].role == "assistant" else item.messages
     inputs = processor(question, images=item.images, videos=item.videos, add_generation_prompt=True)
+    if not pair.holds(len(inputs.input_ids) + NUM_TOKENS - 1):  # the last token is not run
+        score.too_long += 1
+        return
     features = None
     if len(inputs.pixel_values):
         features, quantized = pair.graphs.encode_images(inputs.pixel_values)

@@ -13,9 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from nvvl.errors import EngineError
+from nvvl.errors import EngineError, first_line
 from nvvl.export.graph_runner import GraphRunner, States, StepOutput
 from nvvl.export.onnx_twin import make_twin, needs_twin
 
@@ -23,6 +25,16 @@ __all__ = ["GraphFolder", "States", "StepOutput", "open_session"]
 
 # Above this many bytes a model cannot be handed over in memory (protobuf ends at 2 GiB).
 _LARGEST_IN_MEMORY = 1_900_000_000
+
+# onnxruntime's own exceptions have no base but Exception.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(
+        value
+        for value in vars(_pybind_state).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
 
 
 class GraphFolder(GraphRunner):
@@ -52,7 +64,11 @@ class GraphFolder(GraphRunner):
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def run_graph(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph; floating-point values become float32."""
+        """Run one graph; floating-point values become float32.
+
+        Raises:
+            EngineError: if the graph cannot be read, or onnxruntime refuses it or its inputs.
+        """
         if name not in self._sessions:
             path = self.folder / self.io["graphs"][name]["file"]
             self._sessions[name] = open_session(
@@ -62,7 +78,13 @@ class GraphFolder(GraphRunner):
         wanted = [port.name for port in session.get_inputs()]
         arrays = {key: _to_numpy(inputs[key]) for key in wanted}
         names = [port.name for port in session.get_outputs()]
-        outputs = zip(names, session.run(None, arrays), strict=True)
+        try:
+            values = session.run(None, arrays)
+        except _ORT_ERRORS as error:
+            raise EngineError(
+                f"{self.folder}: {name}: onnxruntime cannot run it ({first_line(error)})"
+            ) from error
+        outputs = zip(names, values, strict=True)
         return {key: torch.from_numpy(np.asarray(value)) for key, value in outputs}
 
 
@@ -92,9 +114,8 @@ def open_session(
         with tempfile.TemporaryDirectory() as folder:
             onnx.save(twin, Path(folder) / "twin.onnx", save_as_external_data=True)
             return onnxruntime.InferenceSession(f"{folder}/twin.onnx", options, providers)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EngineError(f"{path}: onnxruntime cannot open it ({reason})") from error
+    except (DecodeError, OSError, ValueError, *_ORT_ERRORS) as error:
+        raise EngineError(f"{path}: onnxruntime cannot open it ({first_line(error)})") from error
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

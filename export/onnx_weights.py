@@ -17,6 +17,7 @@ from nvvl.errors import CheckpointError
 from nvvl.export.hash_proof import HashProof
 from nvvl.export.onnx_graph import TORCH_DTYPES, GraphDtype
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.recipe import Format
@@ -37,8 +38,9 @@ class CheckpointWeights:
         """Read headers, formats and manifest.
 
         Raises:
-            CheckpointError: if the checkpoint is quantized and has no manifest, or another list of
-                tensors than its manifest, or declares other formats than it has.
+            CheckpointError: if tensors are missing, unexpected or of another shape; if the
+                checkpoint is quantized and has no manifest, or another list of tensors than its
+                manifest, or declares other formats than it has.
         """
         self.checkpoint = checkpoint
         self.dtype: GraphDtype = dtype
@@ -52,6 +54,8 @@ class CheckpointWeights:
             recorded = read_hashes(checkpoint.folder).tensors
             self._recorded = {name: sha256 for name, (sha256, _, _) in recorded.items()}
             _require_same_names(checkpoint, self._recorded)
+        else:
+            check_tensors(checkpoint, expected_tensors(checkpoint.config))
 
     def format_of(self, fqn: str) -> Format:
         """Return the format of a linear."""

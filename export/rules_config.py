@@ -4,7 +4,7 @@ Servers read config.json before a single tensor. Half of these rules end in a lo
 broken; the others let a server start with another channel order or other layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvvl.export.checks import NotCheckedError, Rule, rule
@@ -101,7 +101,8 @@ def c5_ps_version(view: CheckpointView) -> Sequence[str]:
     value = view.config.get("ps_version")
     faults = [] if value in ("v1", "v2") else [f"ps_version: required v1 or v2, got {value!r}"]
     if view.source is not None and value != view.source.config.get("ps_version"):
-        faults.append(f"ps_version: {value!r}, the source has {view.source.config['ps_version']!r}")
+        source = view.source.config.get("ps_version")
+        faults.append(f"ps_version: {value!r}, the source has {source!r}")
     return faults
 
 
@@ -136,14 +137,16 @@ def c7_copied_files(view: CheckpointView) -> Sequence[str]:
     """C7: byte-identical to the source's; without them servers fail to make a processor."""
     if view.folder is None or view.source is None or view.source.folder is None:
         raise NotCheckedError("needs the source folder")
-    faults = []
-    for path in _copied_files(view.source.folder):
-        copy = view.folder / path.name
-        if not copy.exists():
-            faults.append(f"{path.name}: missing")
-        elif copy.read_bytes() != path.read_bytes():
-            faults.append(f"{path.name}: differs from the source's")
-    return faults
+    ours, theirs = find_copied_files(view.folder), find_copied_files(view.source.folder)
+    return [
+        *(f"{name}: missing" for name in sorted(theirs.keys() - ours)),
+        *(f"{name}: not in the source" for name in sorted(ours.keys() - theirs)),
+        *(
+            f"{name}: differs from the source's"
+            for name in sorted(ours.keys() & theirs)
+            if ours[name].read_bytes() != theirs[name].read_bytes()
+        ),
+    ]
 
 
 @rule("C13", "Mamba constants keep their dtype", servers="VT", silent=True)
@@ -187,6 +190,12 @@ CONFIG_RULES: tuple[Rule[CheckpointView], ...] = (
 )
 
 
+def find_copied_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder that are copied and never rewritten, by name."""
+    found = (path for pattern in _COPIED for path in folder.glob(pattern))
+    return {path.name: path for path in found if path.is_file()}
+
+
 def _find_layer_kinds(view: CheckpointView) -> dict[int, str]:
     """Tell each layer's pattern letter from the tensors it has."""
     leaves = {".mixer.A_log": "M", ".mixer.up_proj.weight": "-", ".mixer.o_proj.weight": "*"}
@@ -199,7 +208,3 @@ def _find_layer_kinds(view: CheckpointView) -> dict[int, str]:
                 if name.endswith(leaf):
                     kinds[index] = kind
     return kinds
-
-
-def _copied_files(folder: Path) -> Iterator[Path]:
-    yield from sorted({path for pattern in _COPIED for path in folder.glob(pattern)})

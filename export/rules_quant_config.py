@@ -68,7 +68,10 @@ def c9_trtllm_algorithm(view: CheckpointView) -> Sequence[str]:
 
 @rule("C10", "hf_quant_config.json has its keys", servers="VT")
 def c10_hf_quant_config(view: CheckpointView) -> Sequence[str]:
-    """C10: vLLM raises for NVFP4 if one of the three keys is absent, even where null is fine."""
+    """C10: vLLM raises for NVFP4 if one of the three keys is absent, even where null is fine.
+
+    Blocks are of 16 wherever a size is named, in config.json too.
+    """
     if view.hf_quant_config is None:
         return _missing_if_quantized(view, "hf_quant_config.json")
     producer = (view.hf_quant_config.get("producer") or {}).get("name")
@@ -86,8 +89,9 @@ def c10_hf_quant_config(view: CheckpointView) -> Sequence[str]:
     if not isinstance(part.get("exclude_modules"), list):
         faults.append("quantization.exclude_modules: required a list")
     algo = str(part.get("quant_algo") or "").upper()
-    if algo in ("NVFP4", "W4A16_NVFP4") and part.get("group_size") != 16:
-        faults.append(f"quantization.group_size: required 16, got {part.get('group_size')}")
+    if algo in ("NVFP4", "W4A16_NVFP4") and part.get("group_size") is None:
+        faults.append("quantization.group_size: missing")
+    faults += _group_size_faults(part, view.config.get("quantization_config") or {})
     if (algo == "MIXED_PRECISION") != bool(part.get("quantized_layers")):
         faults.append("quantization.quantized_layers: required for MIXED_PRECISION, and only there")
     return faults
@@ -95,13 +99,19 @@ def c10_hf_quant_config(view: CheckpointView) -> Sequence[str]:
 
 @rule("C11", "config groups say what is quantized", servers="V", silent=True)
 def c11_config_groups(view: CheckpointView) -> Sequence[str]:
-    """C11: a group without input_activations turns NVFP4 into weight-only in vLLM, silently."""
+    """C11: a group without input_activations turns NVFP4 into weight-only in vLLM, silently.
+
+    vLLM takes what is excluded from ``ignore`` alone, and everything from ``quantization`` if that
+    is there.
+    """
     part = view.config.get("quantization_config")
     if not isinstance(part, dict):
         return _missing_if_quantized(view, "quantization_config")
     faults = []
-    if not isinstance(part.get("ignore", part.get("exclude_modules")), list):
+    if not isinstance(part.get("ignore"), list):
         faults.append("quantization_config.ignore: required a list")
+    if "quantization" in part:
+        faults.append("quantization_config.quantization: present; vLLM would read nothing else")
     groups = part.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         return [*faults, "quantization_config.config_groups: missing"]
@@ -147,6 +157,18 @@ def _unknown_algos(view: CheckpointView, known: set[str]) -> list[str]:
         return []
     algos = {view.declaration.algo, *view.declaration.layers.values()}
     return [f"quant_algo: {algo!r} is not one of {sorted(known)}" for algo in sorted(algos - known)]
+
+
+def _group_size_faults(hf_part: Mapping[str, Any], part: Mapping[str, Any]) -> Iterator[str]:
+    entries = {"quantization": hf_part, "quantization_config": part}
+    for where, whole in list(entries.items()):
+        for fqn, layer in (whole.get("quantized_layers") or {}).items():
+            entries[f"{where}.quantized_layers.{fqn}"] = layer
+    for name, group in (part.get("config_groups") or {}).items():
+        entries[f"quantization_config.config_groups.{name}.weights"] = group.get("weights") or {}
+    for where, entry in entries.items():
+        if entry.get("group_size") not in (None, 16):
+            yield f"{where}.group_size: required 16, got {entry['group_size']}"
 
 
 def _group_faults(where: str, group: Any, view: CheckpointView) -> Iterator[str]:

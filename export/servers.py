@@ -30,6 +30,12 @@ _HOPPER_NOTE = (
     "numbers than were calibrated, nearer to BF16"
 )
 
+# SGLang's --quantization by algorithm; it maps the names of mixed layers for this architecture.
+_SGLANG_METHODS = {
+    "FP8": "modelopt_fp8",
+    "NVFP4": "modelopt_fp4",
+    "MIXED_PRECISION": "modelopt_mixed",
+}
 
 # (what of the checkpoint it cannot take, what is good to know)
 Findings = tuple[list[str], list[str]]
@@ -82,13 +88,14 @@ def _write_tensorrt_llm(view: CheckpointView, folder: str) -> list[str]:
 
 def _find_sglang(view: CheckpointView) -> Findings:
     obstacles = []
-    if _algo(view) in ("W4A16_NVFP4", "MIXED_PRECISION"):
-        obstacles.append(f"{_algo(view)}: its --quantization knows modelopt_fp8 and modelopt_fp4")
+    if _algo(view) == "W4A16_NVFP4":
+        known = ", ".join(_SGLANG_METHODS.values())
+        obstacles.append(f"W4A16_NVFP4 for the whole model: its --quantization knows {known}")
     return obstacles, []
 
 
 def _write_sglang(view: CheckpointView, folder: str) -> list[str]:
-    method = {"FP8": "modelopt_fp8", "NVFP4": "modelopt_fp4"}.get(_algo(view))
+    method = _SGLANG_METHODS.get(_algo(view))
     return [
         _join(
             f"python3 -m sglang.launch_server --model-path {folder}",

@@ -38,7 +38,7 @@ _CHECKS = {
     "blocks": ("V3", "block scales follow from source and amax"),
     "scales": ("V4", "tensor and input scales are the calibrated amax / format maximum"),
     "amax": ("V5", "weight amax is the largest magnitude in the source"),
-    "finite": ("D7", "no NaN and no infinity in any tensor"),
+    "finite": ("D7", "no NaN and no infinity in any tensor, every block scale above zero"),
     "sqnr": ("D9", "dequantized weights are close to the source"),
 }
 
@@ -92,6 +92,8 @@ class ValueProof:
         for leaf, tensor in parts.items():
             if tensor.dtype != torch.uint8:
                 self._see_finite(f"{fqn}.{leaf}", tensor)
+        if stored == "nvfp4" and "weight_scale" in parts:
+            self._see_positive(f"{fqn}.weight_scale", parts["weight_scale"])
         self._see_scales(fqn, stored, parts)
         if source is not None and source.dtype.is_floating_point:
             self._source_amax[fqn] = float(source.abs().max())
@@ -123,6 +125,11 @@ class ValueProof:
         count = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces)
         if count:
             self._fault("finite", f"{name}: {count} values are NaN or infinite")
+
+    def _see_positive(self, name: str, tensor: Tensor) -> None:
+        count = int((tensor.float() <= 0).sum())
+        if count:
+            self._fault("finite", f"{name}: {count} values are zero or negative")
 
     def _see_scales(self, fqn: str, stored: Stored, parts: Mapping[str, Tensor]) -> None:
         if self.calibration is None:

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.errors import CheckpointError, writing
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import LOGITS, prove_logits
 from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.tensor_proof import Progress, prove_tensors
-from nvvl.export.view import open_view
+from nvvl.export.view import CheckpointView, open_view
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item
@@ -95,10 +95,8 @@ class VerificationReport:
         Raises:
             OutputError: if the file cannot be written.
         """
-        try:
+        with writing(path):
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _counts(self) -> dict[str, int]:
         statuses = [check.status for check in self.checks]
@@ -128,11 +126,14 @@ def verify(
         The report; faults in ``out`` are failed checks, not exceptions.
 
     Raises:
-        CheckpointError: if ``out`` is not a folder, or ``source`` cannot be read.
+        CheckpointError: if ``out`` is not a folder, or ``source`` cannot be read or is quantized.
+        HardwareError: if there are graphs and nothing is installed that runs them.
     """
+    if graphs is not None:
+        require_onnx(runtime=True)
     if not out.is_dir():
         raise CheckpointError(f"{out}: no such folder; give the folder of a checkpoint")
-    source_view = None if source is None else open_view(source)
+    source_view = None if source is None else _open_source(source)
     try:
         view = open_view(out, source=source_view)
     except CheckpointError as fault:
@@ -153,6 +154,16 @@ def verify(
     return VerificationReport(out, source, tuple(checks), tensors.sqnr_db)
 
 
+def _open_source(source: Path) -> CheckpointView:
+    view = open_view(source)
+    if any(view.stored(fqn) != "bf16" for fqn in view.linears):
+        raise CheckpointError(
+            f"{source}: holds quantized weights; required the BF16 checkpoint that they were made "
+            "from"
+        )
+    return view
+
+
 def _prove_graphs(
     out: Path,
     graphs: Path,
@@ -161,7 +172,6 @@ def _prove_graphs(
     progress: Progress | None,
 ) -> list[Check]:
     """Prove graphs, unless the checkpoint they are compared with is broken itself."""
-    require_onnx(runtime=True)
     from nvvl.export.onnx_parity import FILES, prove_graphs
 
     if broken:

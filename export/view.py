@@ -139,7 +139,7 @@ class CheckpointView:
         kv_scheme = part.get("kv_cache_scheme")
         return _declare(
             part,
-            exclude=part.get("ignore", part.get("exclude_modules")),
+            exclude=part.get("ignore"),
             kv_cache_algo=None if kv_scheme is None else _name_kv_scheme(kv_scheme),
             group_size=part.get("group_size", _find_group_size(part.get("config_groups"))),
         )
@@ -221,17 +221,24 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Read one file's header with the official reader.
 
     Raises:
-        CheckpointError: if the reader refuses the file.
+        CheckpointError: if the reader refuses the file, or a tensor has a dtype that no format has.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
+            headers = {
                 name: TensorHeader(part.get_dtype(), tuple(part.get_shape()), path.name)
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+    for name, header in headers.items():
+        if header.dtype not in _DTYPE_BITS:
+            raise CheckpointError(
+                f"{path}: {name}: required one of {', '.join(_DTYPE_BITS)}, got {header.dtype}; "
+                "quantize the BF16 checkpoint with nvvl"
+            )
+    return headers
 
 
 def _declare(

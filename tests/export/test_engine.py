@@ -318,6 +318,20 @@ def test_timing_cache_is_refused_where_nothing_is_timed(tmp_path: Path) -> None:
         replace(BLACKWELL, timing_cache=tmp_path / "times")
 
 
+@pytest.mark.parametrize("name", ["", "nowhere/times.bin"])
+def test_timing_cache_that_cannot_be_written_is_refused_before_anything_is_built(
+    tmp_path: Path, tensorrt: EngineOptions, name: str
+) -> None:
+    with pytest.raises(EngineError, match="--timing-cache: required a file in a folder"):
+        replace(tensorrt, timing_cache=tmp_path / name)
+
+
+def test_engines_may_lie_in_the_folder_of_graphs(graphs: Path, tensorrt: EngineOptions) -> None:
+    build_engines(graphs, graphs / "engines", tensorrt)
+    names = {path.name for path in (graphs / "engines").iterdir()}
+    assert {"vision.engine", "tokenizer.json", "embedding.safetensors"} < names
+
+
 def test_existing_folder_is_kept(graphs: Path, tmp_path: Path) -> None:
     (tmp_path / "engines").mkdir()
     with pytest.raises(OutputError, match="exists already"):

@@ -1,6 +1,7 @@
 """The written model and the calibrated one agree bit for bit, and a difference is located."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def test_folder_that_does_not_load_fails_with_the_reason(
     check = prove_logits(out, source, probe_items=probes)
     assert check.passed is False
     assert "recipe.json" in check.detail
+
+
+def test_source_without_a_tokenizer_reads_not_checked(
+    written: Folders, source: Path, probes: list[Item], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(source, tmp_path / "source"))
+    (copied / "tokenizer.json").unlink()
+    check = prove_logits(written("fp8"), copied, probe_items=probes)
+    assert check.passed is None
+    assert "tokenizer.json: not found" in check.detail
 
 
 def test_logits_are_not_compared_where_tensors_failed(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from nvvl.errors import CheckpointError, OutputError, RecipeError
 from nvvl.export.onnx_export import export_onnx
@@ -128,6 +129,14 @@ def test_quantized_checkpoint_without_manifest_is_refused(copy_of: Folders, tmp_
     run = copy_of("fp8")
     (run / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
+        export_onnx(run, tmp_path / "graphs", SMALL)
+
+
+def test_unexpected_tensor_is_refused_before_anything_is_written(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_checkpoint(tmp_path / "run", replace={"mlp1.4.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"mlp1\.4\.weight is unexpected"):
         export_onnx(run, tmp_path / "graphs", SMALL)
 
 

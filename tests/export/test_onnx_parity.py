@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import CalibrationError
+from nvvl.errors import CalibrationError, EngineError
 from nvvl.export import onnx_parity
 from nvvl.export.checks import Check
 from nvvl.export.onnx_export import export_onnx, hash_file
@@ -158,6 +158,47 @@ def test_verify_takes_the_graphs_in(
     report = verify(run, source, probe_items=probes, graphs=tmp_path / "graphs")
     assert report.passed
     assert [check.rule for check in report.checks[-5:]] == RULES
+
+
+@pytest.mark.parametrize(("capacity", "status"), [(64, "passed"), (3, "not checked")])
+def test_cases_longer_than_the_cache_are_left_out(
+    source: Path, probes: list[Item], tmp_path: Path, capacity: int, status: str
+) -> None:
+    recipe = GraphRecipe(kv_capacity=capacity, prefill_tokens=2)
+    export_onnx(source, tmp_path / "graphs", recipe)
+    checks = prove_graphs(source, tmp_path / "graphs", probe_items=probes)
+    assert [check.status for check in checks] == ["passed", "passed", status, status, "not checked"]
+    wanted = "2 cases left out" if status == "passed" else "export with a larger kv_capacity"
+    assert wanted in checks[3].detail
+
+
+def test_checkpoint_without_a_tokenizer_gives_no_text(
+    make_checkpoint: Callable[..., Path], probes: list[Item], tmp_path: Path
+) -> None:
+    run = make_checkpoint(tmp_path / "run")
+    export_onnx(run, tmp_path / "graphs", SMALL)
+    (run / "tokenizer.json").unlink()
+    checks = prove_graphs(run, tmp_path / "graphs", probe_items=probes)
+    assert [check.passed for check in checks] == [True, True, True, True, None]
+    assert "tokenizer.json: not found" in checks[-1].detail
+
+
+def test_what_onnxruntime_refuses_is_named(source: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "graphs"
+    export_onnx(source, dest, SMALL)
+    with pytest.raises(EngineError, match=r"vision: onnxruntime cannot run it \(.*dimensions"):
+        GraphFolder(dest).encode_images(torch.zeros(1, 3, 16, 16))
+    model = onnx.load(dest / "vision.onnx", load_external_data=False)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    for content in (model.SerializeToString(), b"no graph"):
+        (dest / "vision.onnx").write_bytes(content)
+        with pytest.raises(EngineError, match=r"vision\.onnx: onnxruntime cannot open it"):
+            GraphFolder(dest).encode_images(torch.zeros(1, 3, 32, 32))
+    manifest = json.loads((dest / "manifest.json").read_text())
+    manifest["files"]["vision.onnx"] = hash_file(dest / "vision.onnx")
+    (dest / "manifest.json").write_text(json.dumps(manifest))
+    _, vision = prove_graphs(source, dest, probe_items=[])
+    assert "onnxruntime cannot open it" in vision.detail
 
 
 def edit_json(path: Path, edit: Callable[[Any], object]) -> None:

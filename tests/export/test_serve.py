@@ -89,6 +89,12 @@ def test_weights_only_is_for_vllm(
     assert obstacle in refused.obstacles[0]
 
 
+def test_sglang_takes_mixed_layers(copy_of: Callable[[str], Path]) -> None:
+    served = plan(as_released(copy_of("mixed")), "sglang")
+    assert served.obstacles == []
+    assert "--quantization modelopt_mixed" in served.commands[0]
+
+
 def test_folder_without_code_cannot_be_configured(written: Callable[[str], Path]) -> None:
     served = plan(written("fp8"), "vllm")
     assert not served.passed

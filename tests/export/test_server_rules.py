@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -105,6 +106,12 @@ def test_every_rule_documents_itself_under_its_id() -> None:
         ({"quantization_config__quant_algo": "NVFP4_AWQ"}, "C9", "NVFP4_AWQ"),
         ({"quantization_config__config_groups": {}}, "C11", "config_groups"),
         (
+            {"quantization_config__ignore": None, "quantization_config__exclude_modules": []},
+            "C11",
+            "quantization_config.ignore: required a list",
+        ),
+        ({"quantization_config__quantization": {}}, "C11", "quantization_config.quantization"),
+        (
             {"quantization_config__config_groups__group_0__input_activations": None},
             "C11",
             "group_0.input_activations",
@@ -157,6 +164,39 @@ def test_mixed_layers_that_differ_between_configs_are_named(make_view: ViewFacto
     view = with_config(view, quantization_config__quantized_layers=layers)
     assert fqn in failed(view)["C8"].detail
     assert fqn in failed(view)["E1"].detail
+
+
+@pytest.mark.parametrize("where", ["quantization", "layers", "quantization_config", "group"])
+def test_other_block_size_of_a_mixed_checkpoint_is_named(
+    make_view: ViewFactory, where: str
+) -> None:
+    view = make_view(mixed)
+    assert view.hf_quant_config is not None
+    fqn = f"{LAYERS}.2.mixer.in_proj"
+    layers = {**view.hf_quant_config["quantization"]["quantized_layers"]}
+    layers[fqn] = {"quant_algo": "NVFP4", "group_size": 32}
+    change, named = {
+        "quantization": (partial(with_hf, group_size=32), "quantization.group_size"),
+        "layers": (partial(with_hf, quantized_layers=layers), f"quantized_layers.{fqn}.group_size"),
+        "quantization_config": (
+            partial(with_config, quantization_config__group_size=32),
+            "quantization_config.group_size",
+        ),
+        "group": (
+            partial(
+                with_config, quantization_config__config_groups__group_1__weights__group_size=32
+            ),
+            "config_groups.group_1.weights.group_size",
+        ),
+    }[where]
+    assert f"{named}: required 16, got 32" in failed(change(view))["C10"].detail
+
+
+def test_pixel_shuffle_version_that_the_source_lacks_is_named(make_view: ViewFactory) -> None:
+    view = make_view()
+    assert view.source is not None
+    view = replace(view, source=with_config(view.source, ps_version=None))
+    assert "ps_version: 'v2', the source has None" in failed(view)["C5"].detail
 
 
 def test_kv_cache_format_without_scales_is_named(make_view: ViewFactory) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.errors import CheckpointError, HardwareError, OutputError
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.export.view import open_view
 from nvvl.model.config import VLMConfig
@@ -210,6 +211,17 @@ def test_nan_is_named_wherever_it_is(copy_of: Folders, source: Path) -> None:
     assert prove(out, None).passed is False
 
 
+def test_block_scales_that_are_not_positive_are_named_without_the_source(copy_of: Folders) -> None:
+    out = copy_of("nvfp4")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP_PROJ}.weight_scale"].view(torch.uint8)[0, :3] = torch.tensor([0, 0x80, 0x81])
+
+    edit_tensors(out, spoil)
+    fault = f"{UP_PROJ}.weight_scale: 3 values are zero or negative"
+    assert named(prove(out, None), "D7") == fault
+
+
 def test_calibration_record_without_an_index_is_named(copy_of: Folders, source: Path) -> None:
     out = copy_of("fp8")
     (out / "model.safetensors.index.json").unlink()
@@ -315,6 +327,27 @@ def test_missing_and_changed_side_files_are_named(copy_of: Folders, source: Path
         assert "preprocessor_config.json: " in named(report, rule)
 
 
+def test_side_files_that_were_added_are_named(copy_of: Folders, source: Path) -> None:
+    out = copy_of("fp8")
+    added = ("chat_template.jinja", "added_tokens.json")
+    for name in added:
+        (out / name).write_text("{}")
+    edit_json(out / "manifest.json", lambda manifest: manifest["files"].pop("recipe.json"))
+    report = prove(out, source)
+    for name in added:
+        assert f"{name}: not in the source" in named(report, "C7")
+        assert f"{name}: not in the manifest" in named(report, "H3")
+    assert "recipe.json: not in the manifest" in named(report, "H3")
+
+
+def test_folder_named_as_a_side_file_is_none(
+    written: Folders, source: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(source, tmp_path / "source"))
+    (copied / "tokenizer").mkdir()
+    assert prove(written("fp8"), copied).passed
+
+
 @pytest.mark.parametrize(
     ("text", "status"), [(None, "not checked"), ("{", "failed"), ('{"tensors": {}}', "failed")]
 )
@@ -327,6 +360,25 @@ def test_manifest_that_is_missing_is_not_checked_and_one_that_is_broken_fails(
         (out / "manifest.json").write_text(text)
     report = prove(out, source)
     assert {check.status for check in report.checks if check.rule[0] == "H"} == {status}
+
+
+def test_files_that_cannot_be_read_fail_with_their_names(copy_of: Folders, source: Path) -> None:
+    out = copy_of("fp8")
+    (out / "manifest.json").unlink()
+    (out / "manifest.json").mkdir()
+    report = prove(out, source)
+    assert {check.status for check in report.checks if check.rule[0] == "H"} == {"failed"}
+    (out / "hf_quant_config.json").unlink()
+    (out / "hf_quant_config.json").mkdir()
+    assert "hf_quant_config.json: cannot be read" in named(prove(out, source), "A1")
+
+
+def test_dtype_of_no_format_fails_with_its_name(copy_of: Folders, source: Path) -> None:
+    out = copy_of("fp8")
+    scale = torch.ones(4).to(torch.float8_e8m0fnu)
+    edit_tensors(out, lambda tensors: tensors.update({"mlp1.1.weight_scale": scale}))
+    fault = named(prove(out, source), "A1")
+    assert re.search(r"mlp1\.1\.weight_scale: required one of .*, got F8_E8M0", fault)
 
 
 def test_without_calibration_codes_are_proved_with_the_stored_scale(
@@ -380,6 +432,20 @@ def test_folder_that_is_not_there_is_the_users_error(tmp_path: Path, written: Fo
         verify(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         verify(written("fp8"), tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_quantized_source_is_the_users_error(written: Folders, scheme: str) -> None:
+    with pytest.raises(CheckpointError, match="holds quantized weights; required the BF16"):
+        prove(written(scheme), written(scheme))
+
+
+def test_missing_library_is_reported_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvvl.export.onnx_extra.find_spec", lambda name: None)
+    with pytest.raises(HardwareError, match=r"pip install 'nvvl\[onnx\]'"):
+        verify(tmp_path / "nowhere", graphs=tmp_path)
 
 
 def test_verifying_writes_nothing_and_the_report_is_whole(

@@ -146,10 +146,12 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _read_weight_map(path: Path) -> dict[str, str] | None:
     """Read the tensor-to-shard map of an index; None if there is no index."""
-    if not path.exists():
-        return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); download it again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -162,11 +162,6 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(shard.data_bytes for shard in self._shards)
-
     def files_bytes(self) -> int:
         """Return the exact size on disk of all files, index included."""
         return files_bytes(self._shards)

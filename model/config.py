@@ -106,7 +106,12 @@ class LanguageConfig:
         Raises:
             ConfigError: if a key is missing, or asks for something this architecture lacks.
         """
+        _require_object(values, "llm_config")
         pattern = _get(values, "hybrid_override_pattern", "llm_config")
+        _require(
+            isinstance(pattern, str),
+            f"llm_config.hybrid_override_pattern: required text, got {pattern!r}",
+        )
         unknown = sorted(set(pattern) - set(_PATTERN))
         _require(
             not unknown,
@@ -127,7 +132,10 @@ class LanguageConfig:
             values.get("mlp_hidden_act", "relu2") == "relu2",
             f"llm_config.mlp_hidden_act: required relu2, got {values.get('mlp_hidden_act')}",
         )
-        low, high = values.get("time_step_limit", (0.0, math.inf))
+        # the released file may hold a bare Infinity or the string "Infinity"
+        low, high = _numbers(
+            values.get("time_step_limit", (0.0, math.inf)), 2, "llm_config.time_step_limit"
+        )
         sizes = {
             key: _get(values, key, "llm_config")
             for key in (
@@ -143,19 +151,18 @@ class LanguageConfig:
                 "conv_kernel",
             )
         }
-        for key, size in sizes.items():
-            _require_positive_int(size, f"llm_config.{key}")
+        _require_positive_ints(sizes, "llm_config.")
+        others = {"head_dim": _head_dim(values), "chunk_size": values.get("chunk_size", 128)}
+        _require_positive_ints(others, "llm_config.")
         return cls(
             **sizes,
+            **others,
             layers=tuple(_PATTERN[letter] for letter in pattern),
-            head_dim=_head_dim(values),
-            chunk_size=values.get("chunk_size", 128),
             use_conv_bias=values.get("use_conv_bias", True),
             layer_norm_epsilon=_first(
                 values, ("layer_norm_epsilon", "rms_norm_eps"), "llm_config", default=1e-5
             ),
-            # the released file may hold a bare Infinity or the string "Infinity"
-            time_step_limit=(float(low), float(high)),
+            time_step_limit=(low, high),
             bos_token_id=values.get("bos_token_id"),
             eos_token_id=_get(values, "eos_token_id", "llm_config"),
             pad_token_id=values.get("pad_token_id") or 0,
@@ -192,7 +199,9 @@ class VisionConfig:
         Raises:
             ConfigError: if neither the name nor explicit sizes settle the geometry.
         """
+        _require_object(values, "vision_config")
         args = _get(values, "args", "vision_config")
+        _require_object(args, "vision_config.args")
         name = args.get("model", "")
         hidden, layers, heads = _VIT_SIZES.get(name, (None, None, None))
         hidden = args.get("hidden_size", hidden)
@@ -204,12 +213,25 @@ class VisionConfig:
             "hidden_size, num_hidden_layers and num_attention_heads in vision_config.args",
         )
         patch_size = _first(values, ("patch_size",), "vision_config", default=16)
-        rows = args.get("cpe_max_size", 2048) // patch_size
+        table_size = args.get("cpe_max_size", 2048)
+        _require_positive_ints({"patch_size": patch_size}, "vision_config.")
+        _require_positive_ints(
+            {
+                "hidden_size": hidden,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "cpe_max_size": table_size,
+            },
+            "vision_config.args.",
+        )
+        intermediate = args.get("intermediate_size", 4 * hidden)
+        _require_positive_ints({"intermediate_size": intermediate}, "vision_config.args.")
+        rows = table_size // patch_size
         return cls(
             hidden_size=hidden,
             num_layers=layers,
             num_heads=heads,
-            intermediate_size=args.get("intermediate_size", 4 * hidden),
+            intermediate_size=intermediate,
             patch_size=patch_size,
             num_prefix_tokens=_count_prefix_tokens(args),
             num_positions=rows * rows,
@@ -302,17 +324,28 @@ class VLMConfig:
             f"config.json: patch_size {values['patch_size']} disagrees with vision_config "
             f"({vision.patch_size})",
         )
+        ratio = values["downsample_ratio"]
+        _require(
+            isinstance(ratio, int | float) and 0 < ratio <= 1,
+            f"downsample_ratio: required a number above 0 and at most 1, got {ratio!r}",
+        )
+        sizes = {
+            "force_image_size": values["force_image_size"],
+            "projector_hidden_size": values["projector_hidden_size"],
+            "max_num_tiles": values.get("max_num_tiles", 12),
+        }
+        _require_positive_ints(sizes)
         return cls(
             language=LanguageConfig.from_dict(language),
             vision=vision,
-            image_size=values["force_image_size"],
-            downsample_ratio=values["downsample_ratio"],
+            image_size=sizes["force_image_size"],
+            downsample_ratio=ratio,
             ps_version=values["ps_version"],
-            projector_hidden_size=values["projector_hidden_size"],
+            projector_hidden_size=sizes["projector_hidden_size"],
             norm_mean=_triple(values["norm_mean"], "norm_mean"),
             norm_std=_triple(values["norm_std"], "norm_std"),
             use_thumbnail=values["use_thumbnail"],
-            max_num_tiles=values.get("max_num_tiles", 12),
+            max_num_tiles=sizes["max_num_tiles"],
             image_token_id=values["img_context_token_id"],
             image_token=values.get("img_context_token", "<image>"),
             image_start_token=values.get("img_start_token", "<img>"),
@@ -326,7 +359,7 @@ class VLMConfig:
         """Read ``config.json`` of a checkpoint folder.
 
         Raises:
-            ConfigError: if the file is missing or not JSON, and as `from_dict`.
+            ConfigError: if the file is missing, unreadable or not JSON, and as `from_dict`.
         """
         path = Path(folder) / "config.json"
         try:
@@ -335,10 +368,11 @@ class VLMConfig:
             raise ConfigError(
                 f"{path}: not found; MODEL must be a folder that holds config.json"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: required a JSON object, got {type(values).__name__}")
+        _require_object(values, str(path))
         return cls.from_dict(values)
 
     def with_shapes(
@@ -365,9 +399,15 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_positive_int(value: object, where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{where}: required a positive integer, got {value!r}")
+def _require_object(value: object, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: required a JSON object, got {type(value).__name__}")
+
+
+def _require_positive_ints(values: Mapping[str, object], where: str = "") -> None:
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"{where}{key}: required a positive integer, got {value!r}")
 
 
 def _get(values: Mapping[str, Any], key: str, where: str) -> Any:
@@ -394,10 +434,18 @@ def _head_dim(values: Mapping[str, Any]) -> int:
     )
 
 
-def _triple(values: Sequence[float], where: str) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise ConfigError(f"{where}: required 3 numbers, got {len(values)}")
-    red, green, blue = (float(value) for value in values)
+def _numbers(values: Any, count: int, where: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{where}: required {count} numbers, got {values!r}")
+    return numbers
+
+
+def _triple(values: Any, where: str) -> tuple[float, float, float]:
+    red, green, blue = _numbers(values, 3, where)
     return red, green, blue
 
 

@@ -20,7 +20,7 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
         weights: Whether those of a Hub id are needed; without, only its small files are fetched.
 
     Raises:
-        ConfigError: if it is none of these, or the Hub cannot be reached.
+        ConfigError: if it is none of these, cannot be opened, or the Hub cannot be reached.
     """
     if model == "embedded":
         folder = Path(str(nvvl.model.__file__)).parent / "embedded"
@@ -30,8 +30,11 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
                 "with tools/embedded_model of the source tree"
             )
         return folder
-    if model and Path(model).is_dir():
-        return Path(model)
+    try:
+        if model and Path(model).is_dir():
+            return Path(model)
+    except OSError as error:
+        raise ConfigError(f"{model}: cannot be opened ({error.strerror})") from error
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise ConfigError(
             f"{model}: required 'embedded', an existing folder or a Hub id organization/name"

@@ -277,8 +277,8 @@ class Activations:
         if self._writer is None:
             self._spill = None
             return ""
-        writer, self._writer = self._writer, None
-        sha256 = writer.close()
+        sha256 = self._writer.close()
+        self._writer = None
         self._spill = Spill(path)
         return sha256
 

@@ -7,7 +7,8 @@ are far larger than a block (embeddings, lm_head) are no block's: their rows and
 where they are used.
 
 On CUDA the thread also pins what it read and copies it to the device on a stream of its own, so
-that the next block is there when the current one is done: two buffers, taken in turn.
+that the next block is there when the current one is done. Each block has new tensors, pinned and on
+the device, from torch's caching allocators, which give them the memory of blocks that are done.
 """
 
 import hashlib

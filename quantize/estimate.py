@@ -141,9 +141,13 @@ def choose_limits(estimate: Estimate, memory_bytes: int) -> Limits:
 
 
 def default_limits() -> Limits:
-    """Return the limits of a run that was given none: half of the free memory for items."""
+    """Return the limits of a run that was given none: half of the free memory for items.
+
+    The processes that torchrun started on this machine share it.
+    """
     free = free_memory()
-    return Limits(activation_bytes=None if free is None else free // 2)
+    parts = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Limits(activation_bytes=None if free is None else free // parts)
 
 
 def free_memory() -> int | None:

@@ -26,8 +26,10 @@ from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.errors import OutputError
+from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.products import has_bf16_units
+from nvvl.model.scan import allowed_scan
 from nvvl.quantize.manifest import TensorRecord, library_versions
 from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import Recipe
@@ -115,7 +117,7 @@ class Journal:
 
         Raises:
             OutputError: if an earlier run was made from something else, naming what differs, or
-                the folder is not ours.
+                the folder is not ours or cannot be written.
         """
         self._stage = stage
         if not stage.journal.exists() and any(stage.root.iterdir()):
@@ -131,11 +133,13 @@ class Journal:
                 f"{'; '.join(differences)}; give it the same again, or pass --overwrite to start "
                 "anew"
             )
-        if differences or not self.blocks:
-            self.blocks, end = [], 0
-            stage.clear()
-        self._file = stage.journal.open("ab")
-        self._file.truncate(end)
+        with writing(stage.root):
+            if differences or not self.blocks:
+                self.blocks, end = [], 0
+                stage.clear()
+            # unbuffered: what a full disk did not take must not be tried again by close
+            self._file = stage.journal.open("ab", buffering=0)
+            self._file.truncate(end)
         if not self.blocks:
             self._append(dict(identity))
 
@@ -157,9 +161,10 @@ class Journal:
 
     def _append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values, ensure_ascii=False) + "\n"
+        data = line.encode(errors="backslashreplace")  # names of files that are no UTF-8
         try:
-            self._file.write(line.encode())
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(
@@ -181,12 +186,18 @@ def describe_run(
         recipe: The recipe in force.
         device: Kind of device that computes.
         calibration: Hash of the stored calibration that is packed from; empty if there is none.
+
+    Raises:
+        CheckpointError: if a file of the source cannot be read.
     """
     identity = {"nvvl": nvvl.__version__, "device": device, "stored calibration": calibration}
     identity |= {f"version of {name}": text for name, text in library_versions().items()}
     identity |= {f"recipe.{key}": json.dumps(value) for key, value in recipe.to_dict().items()}
     for path in [checkpoint.folder / "config.json", *copied_files(checkpoint.folder)]:
-        identity[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            identity[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
         status = path.stat()
         identity[f"source {path.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
@@ -195,14 +206,35 @@ def describe_run(
     return identity
 
 
+def describe_arithmetic(device: torch.device) -> dict[str, str]:
+    """Say what the rounding of activations depends on, and with it the amax of inputs."""
+    if device.type == "cuda":
+        return {"GPU": torch.cuda.get_device_name(device)}
+    return {
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "products": "bfloat16" if has_bf16_units() else "float32",
+        "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
+    }
+
+
 def read_journal(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
-    """Read a journal up to its first torn line; also how many bytes that is."""
-    if not path.exists():
+    """Read a journal up to its first torn line; also how many bytes that is.
+
+    Raises:
+        OutputError: if there is one that cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return {}, [], 0
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be read ({error.strerror}); choose another OUT"
+        ) from error
     identity: dict[str, str] = {}
     blocks: list[BlockRecord] = []
     end = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in data.splitlines(keepends=True):
         try:
             if not line.endswith(b"\n"):
                 break

@@ -40,8 +40,8 @@ def active() -> "Kernels | None":
     """Return this machine's fastest kernels as the environment allows, or None for plain torch.
 
     Raises:
-        ValueError: If ``NVVL_KERNELS`` is none of ``auto``, ``plain`` and the variants.
-        HardwareError: If it is a variant that this processor does not have.
+        HardwareError: If ``NVVL_KERNELS`` is none of ``auto``, ``plain`` and the variants, or a
+            variant that this processor does not have.
     """
     wanted = os.environ.get("NVVL_KERNELS", "auto")
     if wanted == "plain":
@@ -50,7 +50,7 @@ def active() -> "Kernels | None":
         return _load_fastest_or_warn()
     if wanted not in get_args(Variant):
         known = ", ".join(("auto", *get_args(Variant)))
-        raise ValueError(f"NVVL_KERNELS: {known} or plain was expected, got {wanted!r}")
+        raise HardwareError(f"NVVL_KERNELS: {known} or plain was expected, got {wanted!r}")
     return load(cast(Variant, wanted))
 
 

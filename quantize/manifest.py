@@ -134,8 +134,12 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def encode_json(values: Mapping[str, Any]) -> bytes:
-    """Return the bytes that `write_json` writes."""
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return the bytes that `write_json` writes.
+
+    What of a file name is no UTF-8, a lone surrogate in Python, is escaped as JSON does it.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

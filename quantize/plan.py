@@ -221,7 +221,7 @@ def _assume_source(folder: Path, config: VLMConfig) -> Source:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names, total = set(index["weight_map"]), index.get("metadata", {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a shard index ({error!r})") from None
     tensors = list_tensors(config)
     if _SUMMARY_IDXS in names:

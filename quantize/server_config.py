@@ -33,7 +33,6 @@ ALGORITHM_OF: Mapping[Format, str] = {
     "nvfp4": "NVFP4",
     "nvfp4-w4a16": "W4A16_NVFP4",
 }
-FORMAT_OF: Mapping[str, Format] = {name: fmt for fmt, name in ALGORITHM_OF.items()}
 MIXED = "MIXED_PRECISION"
 
 # With what other tools write and nvvl only reads.

@@ -14,7 +14,8 @@ had finished:
       old/                             what stood at OUT before, for the moment of that rename
 
 A run that is killed, interrupted or out of disk space leaves that folder; one that fails because
-source, recipe or items cannot be used removes it, since going on would fail again.
+source, recipe or items cannot be used removes it, since going on would fail again. A run that went
+on with finished blocks never removes them: they show that all this could be used before.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import NvvlError, OutputError
+from nvvl.errors import NvvlError, OutputError, writing
 
 MANIFEST_NAME = "manifest.json"
 
@@ -47,9 +48,23 @@ class Stage:
         return self.root / "output"
 
     @property
+    def old(self) -> Path:
+        """What stood at ``OUT``, for a moment."""
+        return self.root / "old"
+
+    @property
     def journal(self) -> Path:
         """The record of finished blocks."""
         return self.root / "journal.jsonl"
+
+    def has_blocks(self) -> bool:
+        """Tell whether a run finished a block: one more line than what the run is made from."""
+        return self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
+
+    def is_ours(self) -> bool:
+        """Tell whether it holds nothing but what is left once the output has its name."""
+        names = {path.name for path in self.root.iterdir()} - {self.journal.name, self.old.name}
+        return all(name.startswith("activations-") for name in names)
 
     def clear(self) -> None:
         """Remove everything but the journal."""
@@ -76,7 +91,8 @@ def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]
         overwrite: Whether an earlier output at ``out`` may be replaced.
 
     Raises:
-        OutputError: if ``out`` exists and may not be replaced, or cannot be made.
+        OutputError: if ``out`` exists and may not be replaced, or cannot be made; a finished output
+            that only did not get its name is kept, and the error says where.
     """
     out = Path(out).absolute()
     _require_free(out, source=source, overwrite=overwrite)
@@ -86,10 +102,10 @@ def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]
             stage.output.mkdir()
             yield stage.output
             _require_free(out, source=source, overwrite=overwrite)
-            _replace(out, stage)
         except BaseException:
             shutil.rmtree(stage.root, ignore_errors=True)
             raise
+        _replace(out, stage)
 
 
 @contextmanager
@@ -107,12 +123,14 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
         KeyboardInterrupt: again, saying how to go on.
     """
     out = Path(out).absolute()
-    stage = resumable_stage(out)
-    if out.exists() and stage.root.exists() and not stage.output.exists():
-        with _locked(stage.root):
-            shutil.rmtree(stage.root)  # of a run killed after its output took its name
     _require_free(out, source=source, overwrite=overwrite)
+    stage = resumable_stage(out)
     with _locked(stage.root):
+        with writing(stage.root):
+            if out.exists() and not stage.output.exists() and stage.is_ours():
+                stage.clear()  # of a run killed after its output took its name
+                stage.journal.unlink(missing_ok=True)
+            resumed = stage.has_blocks()
         try:
             yield stage
             _require_free(out, source=source, overwrite=overwrite)
@@ -125,7 +143,8 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
         except OutputError:
             raise
         except NvvlError:
-            shutil.rmtree(stage.root)
+            if not resumed:
+                shutil.rmtree(stage.root)
             raise
 
 
@@ -151,32 +170,43 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
-    source = Path(source).resolve()
-    if out.resolve() == source or out.resolve() in source.parents:
-        raise OutputError(f"{out}: holds the source checkpoint; choose another OUT")
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists already; choose another OUT, or pass --overwrite")
-    if not out.is_dir() or out.is_symlink():
-        raise OutputError(f"{out}: is not a folder, so it is not replaced; choose another OUT")
-    if any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
-        raise OutputError(
-            f"{out}: holds files but no {MANIFEST_NAME}, so nvvl did not write it and does not "
-            "replace it; choose another OUT"
-        )
+    with writing(out):
+        source = Path(source).resolve()
+        if out.resolve() == source or out.resolve() in source.parents:
+            raise OutputError(f"{out}: holds the source checkpoint; choose another OUT")
+        if not out.exists() and not out.is_symlink():
+            return
+        if os.path.ismount(out):
+            raise OutputError(
+                f"{out}: is a mount point, which cannot be replaced; choose a folder in it"
+            )
+        if not overwrite:
+            raise OutputError(f"{out}: exists already; choose another OUT, or pass --overwrite")
+        if not out.is_dir() or out.is_symlink():
+            raise OutputError(f"{out}: is not a folder, so it is not replaced; choose another OUT")
+        if any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
+            raise OutputError(
+                f"{out}: holds files but no {MANIFEST_NAME}, so nvvl did not write it and does "
+                "not replace it; choose another OUT"
+            )
 
 
 def _replace(out: Path, stage: Stage) -> None:
-    old = stage.root / "old"
-    if old.exists():
-        shutil.rmtree(old)  # of a run killed between the two renames below
-    if out.exists():
-        out.rename(old)
     try:
-        stage.output.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(stage.root)
+        if stage.old.exists():
+            shutil.rmtree(stage.old)  # of a run killed between the two renames below
+        if out.exists():
+            out.rename(stage.old)
+        try:
+            stage.output.rename(out)
+        except OSError:
+            if stage.old.exists():
+                stage.old.rename(out)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"{out}: the finished output cannot get this name ({error.strerror}); it is kept as "
+            f"{stage.output}"
+        ) from error
+    with writing(stage.root):
+        shutil.rmtree(stage.root)

@@ -43,7 +43,7 @@ from nvvl.quantize.block_runner import BlockRunner, count_runs
 from nvvl.quantize.blocks import BlockReader, LoadedBlock, list_blocks
 from nvvl.quantize.estimate import UNLIMITED, Limits
 from nvvl.quantize.freed import return_freed_memory
-from nvvl.quantize.journal import BlockRecord, describe_run, read_journal
+from nvvl.quantize.journal import BlockRecord, describe_arithmetic, describe_run, read_journal
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.output import Output
 from nvvl.quantize.pack import Amax, require_usable, share_qkv
@@ -110,7 +110,8 @@ def quantize_checkpoint(
             used.
         CalibrationError: if a linear gets no usable amax, or an item gives NaN or Inf.
         OutputError: if ``out`` exists, the disk is full, or an unfinished run of another recipe,
-            source or calibration set is there.
+            source, calibration set or processor is there.
+        HardwareError: if ``NVVL_KERNELS`` asks for kernels that this processor does not have.
         ReportedError: on other processes than the main one, in place of any of these.
         KeyboardInterrupt: if ``stop`` said True.
     """
@@ -118,6 +119,8 @@ def quantize_checkpoint(
     group = processes or Processes(device, join=False)
     with ExitStack() as stack:
         with group.agreed():
+            if device.type == "cpu":
+                kernels.active()  # refuses here what NVVL_KERNELS cannot have, not blocks later
             checkpoint = Checkpoint(source)
             check_tensors(checkpoint, expected_tensors(checkpoint.config))
             formats = assign_formats(recipe, list_linears(checkpoint.config))
@@ -141,6 +144,8 @@ def quantize_checkpoint(
                     device=device.type,
                     calibration=stored.sha256 if stored else "",
                 )
+                if used_items:
+                    identity |= describe_arithmetic(device)
                 output = stack.enter_context(
                     Output(
                         *(checkpoint, out, recipe, formats, identity, used_items),
@@ -241,7 +246,7 @@ class Walk:
         if len(finished) < num_runs:
             with self._processes.agreed():
                 activations = self._open_activations(items, ticker)
-            num_run = self._catch_up(activations, finished, ticker)
+            num_run = self._catch_up(activations, finished, ticker, stop)
         ticker.skip(len(finished) + num_run * len(items))
         ahead = self._limits.overlap
         left = blocks[len(finished) :]
@@ -258,15 +263,14 @@ class Walk:
                     background.wait()  # an error of writing the block before is everybody's
                 finish = self._agree_on(found)
                 del found  # else the block before stays while the next one runs
-                background.submit(finish)
+                with self._processes.agreed():
+                    background.submit(finish)  # without a thread it is written here
                 del finish
                 return_freed_memory()
                 ticker.tick()
-                if stop is not None and any(self._processes.gather(stop())):
-                    background.wait()
-                    if not self._processes.is_main:
-                        raise ReportedError("interrupted")
-                    raise KeyboardInterrupt
+                self._stop_if_asked(stop, background)
+            with self._processes.agreed():
+                background.wait()
         with self._processes.agreed():
             ticker.stage = _REST
             if self._output is not None:
@@ -282,8 +286,24 @@ class Walk:
             budget_bytes=self._limits.activation_bytes,
         )
 
+    def _stop_if_asked(
+        self, stop: Callable[[], bool] | None, background: Background | None = None
+    ) -> None:
+        """End the run if any process was asked to, once the last block is written."""
+        if stop is None or not any(self._processes.gather(stop())):
+            return
+        if background is not None:
+            background.wait()
+        if not self._processes.is_main:
+            raise ReportedError("interrupted")
+        raise KeyboardInterrupt
+
     def _catch_up(
-        self, activations: Activations, finished: Sequence[BlockRecord], ticker: "_Ticker"
+        self,
+        activations: Activations,
+        finished: Sequence[BlockRecord],
+        ticker: "_Ticker",
+        stop: Callable[[], bool] | None,
     ) -> int:
         """Bring the items to where the finished blocks leave them; return how many were skipped."""
         num_run, spill = self._find_spill(finished)
@@ -302,6 +322,7 @@ class Walk:
                     run = partial(self._runner.run, block, activations)
                     activations.run_block(run, self._spills.file(count), room=room)
                 self._spills.drop(before=count)
+                self._stop_if_asked(stop)
         return num_run
 
     def _find_spill(self, finished: Sequence[BlockRecord]) -> tuple[int, Spill | None]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from nvvl.errors import CheckpointError, ConfigError, OutputError
+from nvvl.errors import CheckpointError, ConfigError, NvvlError, OutputError
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from nvvl.model.checkpoint_writer import files_bytes, plan_shards, write_safetensors
 from nvvl.model.safetensors_io import dtype_name, read_header, read_tensor
@@ -230,6 +230,19 @@ def test_folder_without_config_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "error"), [("config.json", ConfigError), (INDEX, CheckpointError)]
+)
+def test_file_that_cannot_be_opened_is_named(
+    name: str, error: type[NvvlError], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = copy_folder(tiny_checkpoint, tmp_path / "copy")
+    (folder / name).unlink()
+    (folder / name).mkdir()  # root may read whatever file there is
+    with pytest.raises(error, match=rf"{name}: cannot be read \(Is a directory\)"):
+        Checkpoint(folder)
+
+
 def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
@@ -372,7 +385,6 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.finish()
-        assert writer.total_bytes == 44
         assert writer.files_bytes() == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert json.loads((tmp_path / INDEX).read_text()) == {
         "metadata": {"total_size": 44},

@@ -108,6 +108,10 @@ def test_missing_top_level_key_is_named(key: str, make_config: Callable[..., Con
         ({"hybrid_override_pattern": "M-E*"}, r"layers \['E'\] are not supported"),
         ({"hidden_size": 0}, "llm_config.hidden_size: required a positive integer, got 0"),
         ({"hidden_size": "64"}, "llm_config.hidden_size: required a positive integer"),
+        ({"head_dim": None}, "llm_config.head_dim: required a positive integer, got None"),
+        ({"chunk_size": 0}, "llm_config.chunk_size: required a positive integer, got 0"),
+        ({"time_step_limit": None}, "llm_config.time_step_limit: required 2 numbers, got None"),
+        ({"time_step_limit": [0, "x"]}, r"time_step_limit: required 2 numbers, got \[0, 'x'\]"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
         ({"n_groups": 3}, "mamba_num_heads 4 is not a multiple of n_groups 3"),
         ({"attention_bias": True}, "attention_bias: only false is supported"),
@@ -141,7 +145,14 @@ def test_missing_language_key_is_named(key: str, make_config: Callable[..., Conf
         ({"vit_hidden_size": 128}, "vit_hidden_size 128 disagrees"),
         ({"patch_size": 16}, "patch_size 16 disagrees"),
         ({"force_image_size": 40}, "force_image_size: 40 is not a multiple"),
-        ({"norm_mean": [0.5]}, "norm_mean: required 3 numbers, got 1"),
+        ({"norm_mean": [0.5]}, r"norm_mean: required 3 numbers, got \[0\.5\]"),
+        ({"norm_std": None}, "norm_std: required 3 numbers, got None"),
+        ({"downsample_ratio": 0}, "downsample_ratio: required a number above 0 .*, got 0"),
+        ({"downsample_ratio": "0.5"}, "downsample_ratio: required a number .*, got '0.5'"),
+        ({"max_num_tiles": 0}, "max_num_tiles: required a positive integer, got 0"),
+        ({"force_image_size": None}, "force_image_size: required a positive integer, got None"),
+        ({"vision": {"patch_size": 0}}, "vision_config.patch_size: required a positive integer"),
+        ({"vision_args": {"intermediate_size": "4"}}, "args.intermediate_size: required a posi"),
         ({"vision_args": {"hidden_size": None, "model": "vit_odd"}}, "'vit_odd' is not one of"),
     ],
 )
@@ -150,6 +161,21 @@ def test_contradictory_config_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         VLMConfig.from_dict(make_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"vision_config": None}, "vision_config"),
+        ({"vision_config": {"args": None}}, r"vision_config\.args"),
+        ({"llm_config": None}, "llm_config"),
+    ],
+)
+def test_part_that_is_no_object_is_named(
+    change: Config, name: str, make_config: Callable[..., Config]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: required a JSON object, got NoneType"):
+        VLMConfig.from_dict(make_config() | change)
 
 
 def test_layer_count_must_fit_the_pattern(make_config: Callable[..., Config]) -> None:

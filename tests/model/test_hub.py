@@ -1,5 +1,6 @@
 """Models by Hub id: the Hub's own cache, with its links, and no network. Nothing leaves here."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_weights_that_left_the_cache_are_named(snapshot: Path) -> None:
     (snapshot / "model.safetensors").resolve().unlink()
     with pytest.raises(CheckpointError, match=r"names model\.safetensors, which the folder lacks"):
         Checkpoint(resolve_model(HUB_ID))
+
+
+def test_folder_that_may_not_be_entered_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(ConfigError, match=r"/root/model: cannot be opened \(Permission denied\)"):
+        resolve_model("/root/model")
 
 
 @pytest.mark.parametrize("kind", [HTTPError, ConnectionError, TimeoutError])

@@ -1,5 +1,7 @@
 """Items within a memory budget, in spans and on disk: the same values whatever the budget."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,3 +118,18 @@ def test_long_items_go_through_in_spans(
     tiles = model.vision_model.radio_model.model.patch_generator(inputs.pixel_values)
     parts = activations_module._in_parts(block, tiles)
     torch.testing.assert_close(parts, block(tiles), atol=0.05, rtol=0.02)
+
+
+def test_spill_that_cannot_be_finished_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    activations = Activations(
+        [], Processor.from_folder(tiny_checkpoint), device=torch.device("cpu"), tick=lambda: None
+    )
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        activations.run_block(lambda: None, tmp_path / "activations-00001-0", room=10**9)
+    assert list(tmp_path.iterdir()) == []

@@ -191,7 +191,7 @@ def test_environment_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.active() is None
     monkeypatch.setenv("NVVL_KERNELS", "fastest")
     with pytest.raises(
-        ValueError, match="auto, avx512, avx2, portable or plain was expected, got 'fastest'"
+        HardwareError, match="auto, avx512, avx2, portable or plain was expected, got 'fastest'"
     ):
         kernels.active()
 

@@ -14,11 +14,13 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.cli import app
 from nvvl.errors import CheckpointError, HardwareError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.quantize import estimate as estimate_module
 from nvvl.quantize.estimate import (
     Estimate,
     Limits,
     Rates,
     choose_limits,
+    default_limits,
     estimate_run,
     measure_rates,
     parse_memory,
@@ -237,6 +239,13 @@ def test_time_follows_the_rates_of_the_machine(config_12b: Path) -> None:
 )
 def test_amounts_of_memory(text: str, expected: int) -> None:
     assert parse_memory(text) == expected
+
+
+def test_processes_of_a_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "free_memory", lambda: 12 * GIB)
+    assert default_limits() == Limits(activation_bytes=6 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert default_limits() == Limits(activation_bytes=2 * GIB)
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GB", "0GB", "6XB"])

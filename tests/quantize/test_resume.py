@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,22 @@ from torch import Tensor
 import nvvl
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.errors import CalibrationError, OutputError
+from nvvl.errors import CalibrationError, CheckpointError, OutputError
+from nvvl.model import scan as scan_module
+from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import CheckpointWriter
 from nvvl.model.prompt import Message
 from nvvl.quantize import journal as journal_module
 from nvvl.quantize import walk as walk_module
 from nvvl.quantize.activations import Activations
-from nvvl.quantize.journal import Journal
+from nvvl.quantize.journal import (
+    BlockRecord,
+    Journal,
+    describe_arithmetic,
+    describe_run,
+    read_journal,
+)
+from nvvl.quantize.manifest import encode_json
 from nvvl.quantize.presets import PRESETS, fp8, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
 from nvvl.quantize.staging import Stage, resumable_folder
@@ -259,6 +269,22 @@ def test_bytes_that_never_reached_the_disk_are_written_again(
     assert folder_bytes(tmp_path / "out") == folder_bytes(quantize_tiny("nvfp4"))
 
 
+def test_interrupt_is_heard_while_finished_blocks_run_again(
+    interrupted: Callable[..., Path], tiny_checkpoint: Path, calibration_set: CalibrationSet
+) -> None:
+    stage = interrupted(1)
+    for spill in stage.glob("activations-*"):
+        spill.unlink()
+    stages: list[str] = []
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+        quantize_checkpoint(
+            *(tiny_checkpoint, stage.with_name("out"), nvfp4(), calibration_set),
+            progress=lambda name, *_: stages.append(name),
+            stop=lambda: True,
+        )
+    assert set(stages) == {"vision_model.radio_model.model.patch_generator"}
+
+
 def test_torn_line_is_a_block_done_again(
     interrupted: Callable[..., Path],
     tiny_checkpoint: Path,
@@ -286,6 +312,7 @@ def changed_content(items: CalibrationSet) -> CalibrationSet:
         ("fewer items", r"calibration items: 5 then, 4 now"),
         ("other words", r"calibration item two: has other content now"),
         ("version", r"nvvl: 0\.1\.0 then, 99 now"),
+        ("processor", r"processor: \w+ then, another now"),
         ("weights", r"source model\.safetensors: .* then, .* now"),
         ("tokenizer", r"source tokenizer_config\.json: .* then, .* now"),
     ],
@@ -314,6 +341,8 @@ def test_changed_input_is_refused_with_what_differs(
         items = changed_content(items)
     elif change == "version":
         monkeypatch.setattr(nvvl, "__version__", "99")
+    elif change == "processor":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     else:
         name = {"weights": "model.safetensors", "tokenizer": "tokenizer_config.json"}[change]
         if change == "weights":
@@ -390,6 +419,62 @@ def test_journal_says_what_was_run(interrupted: Callable[..., Path]) -> None:
     with Journal(stage, lines[0], [], overwrite=True) as journal:  # no items: another set
         assert journal.blocks == []
     assert_only(stage.root, "journal.jsonl")
+
+
+def block_record(item_id: str) -> BlockRecord:
+    return BlockRecord(block="mlp1", source={}, written={}, amaxes={}, items=[(item_id, "0" * 64)])
+
+
+def test_names_of_files_that_are_not_utf8_come_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    with Journal(Stage(tmp_path), {f"source {name}": name}, []) as journal:
+        journal.append(block_record(name))
+    identity, blocks, _ = read_journal(tmp_path / "journal.jsonl")
+    assert identity == {f"source {name}": name}
+    assert [block.items for block in blocks] == [block_record(name).items]
+    assert json.loads(encode_json({name: name})) == {name: name}
+
+
+def test_disk_that_fills_up_within_a_line_is_one_clear_error(tmp_path: Path) -> None:
+    journal = Journal(Stage(tmp_path), {}, [])
+    path = tmp_path / "journal.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written \(File too large\)"), journal:
+            journal.append(block_record("x"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b'{}\n{"blo'
+    assert read_journal(path) == ({}, [], 3)
+
+
+def test_arithmetic_is_told_by_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(scan_module, "load_scan", object)
+    monkeypatch.setattr(journal_module, "has_bf16_units", lambda: False)
+    assert describe_arithmetic(cpu) == {
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "products": "float32",
+        "Mamba2 scan": "compiled",
+    }
+    monkeypatch.setenv("NVVL_KERNELS", "plain")
+    assert describe_arithmetic(cpu)["Mamba2 scan"] == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    assert describe_arithmetic(torch.device("cuda:1")) == {"GPU": "name of cuda:1"}
+
+
+def test_side_file_that_cannot_be_read_is_named(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+
+    def denied(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read \(Permission denied"):
+        describe_run(checkpoint, nvfp4(), device="cpu")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

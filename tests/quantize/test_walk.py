@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,22 @@ from nvvl.errors import (
     CalibrationError,
     CheckpointError,
     DataError,
+    HardwareError,
     NvvlError,
     OutputError,
     RecipeError,
 )
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import load_model
+from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message
 from nvvl.quantize.backend import register
+from nvvl.quantize.blocks import LoadedBlock
+from nvvl.quantize.estimate import Limits
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.manifest import Manifest
+from nvvl.quantize.output import Output
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.presets import PRESETS, fp8, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
@@ -442,4 +447,51 @@ def test_item_that_cannot_be_used_is_named(
     faulty = CalibrationSet(items=(item,), spec="test", num_requested=1)
     with pytest.raises(DataError, match=r"item no picture: .* 1 <image> placeholders"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "out", fp8(), faulty)
+    assert_only(tmp_path)
+
+
+class WatchedProcesses(Processes):
+    """One process that notes the errors that others would hear of."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", join=False)
+        self.heard: list[NvvlError] = []
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        try:
+            yield
+        except NvvlError as error:
+            self.heard.append(error)
+            raise
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_error_of_writing_the_last_block_is_told_to_all_processes(
+    overlap: bool, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_block = Output.finish_block
+
+    def fail(output: Output, block: LoadedBlock, *args: Any) -> None:
+        if block.name == f"{LAYERS}.6":
+            raise OutputError("the disk is full")
+        finish_block(output, block, *args)
+
+    monkeypatch.setattr(Output, "finish_block", fail)
+    processes = WatchedProcesses()
+    with pytest.raises(OutputError, match="the disk is full"):
+        quantize_checkpoint(
+            *(tiny_checkpoint, tmp_path / "out", nvfp4_w4a16(), None),
+            limits=Limits(overlap=overlap),
+            processes=processes,
+        )
+    assert [str(error) for error in processes.heard] == ["the disk is full"]
+
+
+def test_kernels_that_cannot_be_had_are_refused_before_any_work(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVVL_KERNELS", "fastest")
+    with pytest.raises(HardwareError, match=r"NVVL_KERNELS: .* was expected, got 'fastest'"):
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "out", nvfp4_w4a16(), None)
     assert_only(tmp_path)

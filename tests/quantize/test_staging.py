@@ -1,0 +1,113 @@
+"""An output takes its name whole or not at all, and nothing finished or foreign is lost."""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvvl.errors import DataError, OutputError
+from nvvl.quantize.journal import Journal
+from nvvl.quantize.staging import resumable_folder, staged_folder
+
+Staging = Callable[..., AbstractContextManager[Any]]
+
+
+def denied(*_: object, **__: object) -> bool:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("journal", "kept"), [("{}\n", False), ("{}\n{}\n", True), ("{}\n{", False)]
+)
+def test_failed_run_removes_only_what_it_began_itself(
+    journal: str, kept: bool, tmp_path: Path
+) -> None:
+    stage = tmp_path / ".out.partial"
+    stage.mkdir()
+    (stage / "journal.jsonl").write_text(journal)
+    with (
+        pytest.raises(DataError),
+        resumable_folder(tmp_path / "out", source=tmp_path / "source", overwrite=False),
+    ):
+        raise DataError("a picture that cannot be read just now")
+    assert (stage / "journal.jsonl").exists() == kept
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_folder_is_kept_where_an_output_exists(overwrite: bool, tmp_path: Path) -> None:
+    out, foreign = tmp_path / "out", tmp_path / ".out.partial" / "thesis.txt"
+    for path in (out / "manifest.json", foreign):
+        path.parent.mkdir()
+        path.write_text("years of work")
+    with (
+        pytest.raises(OutputError, match=r"holds files but no journal" if overwrite else "exists"),
+        resumable_folder(out, source=tmp_path / "source", overwrite=overwrite) as stage,
+    ):
+        Journal(stage, {}, [])
+    assert foreign.exists()
+
+
+@pytest.mark.parametrize("staging", [staged_folder, resumable_folder])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_mount_point_is_refused_before_any_work(
+    overwrite: bool, staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    with (
+        pytest.raises(OutputError, match=r"out: is a mount point, .*; choose a folder in it"),
+        staging(out, source=tmp_path / "source", overwrite=overwrite),
+    ):
+        pytest.fail("work began")
+
+
+@pytest.mark.parametrize("staging", [staged_folder, resumable_folder])
+def test_finished_output_is_kept_if_only_its_name_is_missing(
+    staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object) -> Path:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    def write() -> None:
+        with staging(tmp_path / "out", source=tmp_path / "source", overwrite=False) as stage:
+            folder = stage if staging is staged_folder else stage.output
+            folder.mkdir(exist_ok=True)
+            (folder / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OutputError, match=r"out: .*\(Device or resource busy\); it is kept as"):
+        write()
+    assert len(list(tmp_path.glob(".out.partial*/output/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("staging", [staged_folder, resumable_folder])
+def test_folder_that_may_not_be_entered_is_one_clear_line(
+    staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", denied)
+    with (
+        pytest.raises(OutputError, match=r"out: cannot be written \(Permission denied\)"),
+        staging(tmp_path / "out", source=tmp_path / "source", overwrite=False),
+    ):
+        pytest.fail("work began")
+
+
+@pytest.mark.parametrize("act", ["open", "unlink", "read_bytes"])
+def test_what_another_user_left_is_one_clear_line(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ".out.partial"
+    folder.mkdir()
+    (folder / "journal.jsonl").write_text("{}\n")
+    (folder / "activations-00001-0.safetensors").write_text("")
+    monkeypatch.setattr(Path, act, denied)
+    with (
+        pytest.raises(OutputError, match=r"\.out\.partial.*\(Permission denied\)"),
+        resumable_folder(tmp_path / "out", source=tmp_path / "source", overwrite=False) as stage,
+    ):
+        Journal(stage, {}, [])

@@ -126,8 +126,9 @@ def print_error(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a result for programs on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a result for programs on stdout; what of a file name is no UTF-8 is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text.encode(errors="backslashreplace").decode())
 
 
 def print_table(table: Table) -> None:

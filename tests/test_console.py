@@ -36,6 +36,11 @@ def test_json_keeps_letters_of_every_script(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(out) == {"answer": "größe"}
 
 
+def test_json_names_a_file_whose_name_is_not_utf8(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"id": "caf\udce9.png"})
+    assert json.loads(capsys.readouterr().out) == {"id": "caf\udce9.png"}
+
+
 def test_table_is_not_folded_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table()
     cells = ["a cell of thirty characters ..."] * 4

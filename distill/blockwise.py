@@ -15,7 +15,6 @@ quantized checkpoint packed from them. A killed run goes on after the last layer
 import copy
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,9 @@ from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import run_identity
 from nvvl.distill.train import Execution, Progress
+from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hash_file
 from nvvl.distill.write import write_bf16, write_quantized
-from nvvl.errors import CheckpointError, OutputError, RecipeError, TrainingError
+from nvvl.errors import RecipeError, TrainingError, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.load import materialize
@@ -50,8 +50,6 @@ from nvvl.quantize.recipe import Format
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import LAYERS, list_linears, quantized_only
-
-_IDENTITY_NAME = "blocks.json"
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,9 @@ def distill_blockwise(
         NvvlError: as `nvvl.distill.train.distill`.
     """
     how = execution or Execution()
-    _require_alone(recipe, how)
+    processes = how.processes or Processes(how.device)
+    with processes.agreed():
+        _require_alone(recipe, how, processes)
     out = out.absolute()
     bf16 = out.with_name(f"{out.name}.bf16")
     identity = run_identity(run, teacher, recipe, items, seed)
@@ -117,7 +117,8 @@ def distill_blockwise(
         layers = walk.run(kept, how.progress)
         record = identity | {"layers": [vars(layer) for layer in layers]}
         lines = "".join(f"{json.dumps(vars(layer))}\n" for layer in layers)
-        (out_partial / "distill_log.jsonl").write_text(lines, encoding="utf-8")
+        with writing(out_partial):
+            (out_partial / f"distill_{LOG_NAME}").write_text(lines, encoding="utf-8")
         weights = kept.weights()
         write_bf16(teacher, bf16_partial, weights, distillation=record, command=how.command)
         manifest = write_quantized(
@@ -127,13 +128,13 @@ def distill_blockwise(
     return BlockwiseResult(manifest, bf16, tuple(layers))
 
 
-def _require_alone(recipe: DistillRecipe, how: Execution) -> None:
+def _require_alone(recipe: DistillRecipe, how: Execution, processes: Processes) -> None:
     if recipe.method != "layers":
         raise RecipeError(f'method: required "layers", got "{recipe.method}"')
     for option in ("shard", "logits", "tensorboard"):
         if getattr(how, option):
             raise RecipeError(f'--{option}: has no meaning with method "layers"; leave it out')
-    if Processes(how.device).count > 1:
+    if processes.count > 1:
         raise RecipeError('method "layers" runs in one process; start nvvl without torchrun')
 
 
@@ -188,7 +189,7 @@ class _Walk:
             self._advance(self._teacher, layer)
             student = BlockStudent(layer, name, formats, self._run_amaxes, self._recipe)
             if name in kept:
-                student.load(kept.read(name))
+                student.load(kept.load(name))
                 result = kept.result(name)
             elif formats:
                 result, student = self._train(name, student, formats)
@@ -264,29 +265,14 @@ class _Walk:
         return layer
 
 
-class _KeptLayers:
-    """Trained layers on disk, one file each, written by a rename."""
+class _KeptLayers(TrainFolder):
+    """Trained layers on disk, one file each."""
+
+    method = "layers"
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-        self._folder = folder
-        identity = json.loads(json.dumps(identity))
-        if overwrite:
-            self.discard()
-        path = folder / _IDENTITY_NAME
-        if path.exists():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if state["identity"] != identity:
-                raise OutputError(
-                    f"{folder}: holds a run with other settings; give the same to go on with it, "
-                    "pass --overwrite to discard it, or choose another OUT"
-                )
-            self._state = state
-        else:
-            self._state = {"identity": identity, "layers": {}}
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
+        super().__init__(folder, identity)
+        self._state = self.find(overwrite=overwrite) or {"layers": {}, "files": {}}
 
     def __contains__(self, layer: str) -> bool:
         return layer in self._state["layers"]
@@ -295,35 +281,42 @@ class _KeptLayers:
         """Return what training did to a layer that is kept."""
         return LayerResult(**self._state["layers"][layer])
 
-    def read(self, layer: str) -> dict[str, Tensor]:
-        """Read the weights of a layer."""
-        try:
-            header = read_header(self._path(layer))
-            return {name: read_tensor(info) for name, info in header.items()}
-        except OSError as error:
-            raise CheckpointError(f"{self._path(layer)}: cannot be read ({error})") from None
+    def load(self, layer: str) -> dict[str, Tensor]:
+        """Read the weights of a layer.
+
+        Raises:
+            CheckpointError: if they are not what was kept.
+        """
+        header = read_header(self.require_unchanged(_file_name(layer), self._state))
+        return {name: read_tensor(info) for name, info in header.items()}
 
     def add(self, result: LayerResult, masters: Mapping[str, Tensor]) -> None:
-        """Keep a layer."""
+        """Keep a layer.
+
+        Raises:
+            OutputError: if the disk is full.
+        """
         weights = {name: master.bfloat16() for name, master in masters.items()}
-        write_safetensors(self._path(result.layer), weights)
+        path = self.folder / _file_name(result.layer)
+        write_safetensors(path, weights)
         self._state["layers"][result.layer] = vars(result)
-        partial = self._folder / f"{_IDENTITY_NAME}.partial"
-        partial.write_text(json.dumps(self._state, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self._folder / _IDENTITY_NAME)
+        with writing(path):
+            self._state["files"][path.name] = hash_file(path)
+        self.write(self._state)
 
     def weights(self) -> "LazyTensors":
         """Return the weights of all layers, read when they are used."""
-        headers = [read_header(self._path(layer)) for layer in self._state["layers"]]
+        headers = [read_header(self.folder / _file_name(name)) for name in self._state["layers"]]
         return LazyTensors({name: info for header in headers for name, info in header.items()})
 
-    def discard(self) -> None:
-        """Remove the folder."""
-        if (self._folder / _IDENTITY_NAME).exists():
-            shutil.rmtree(self._folder)
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise KeyError, TypeError or ValueError where a state has no layers."""
+        for values in dict(state["layers"]).values():
+            LayerResult(**values)
 
-    def _path(self, layer: str) -> Path:
-        return self._folder / f"layer-{int(layer.rpartition('.')[2]):05}.safetensors"
+
+def _file_name(layer: str) -> str:
+    return f"layer-{int(layer.rpartition('.')[2]):05}.safetensors"
 
 
 class LazyTensors(Mapping[str, Tensor]):

@@ -1,6 +1,7 @@
 """The verbs ``nvvl distill`` and ``nvvl precompute``."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,8 @@ DataOption = Annotated[
 DistillRecipeOption = Annotated[
     str | None,
     typer.Option(
-        help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher."
+        help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher, "
+        "whose loss is then KL where logits are stored."
     ),
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps; else the recipe's.")]
@@ -78,13 +80,18 @@ def distill(
     from nvvl.distill.train import Execution
     from nvvl.distill.train import distill as distill_run
     from nvvl.model.load import resolve_model
+    from nvvl.model.processes import Processes
 
-    chosen = _choose_recipe(teacher, recipe, steps, lr)
-    source = resolve_model(teacher)
-    items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
-    with show_progress() as progress:
+    processes = Processes(choose_device(device))
+    with processes.agreed():
+        chosen = _choose_recipe(teacher, recipe, steps, lr, stored=logits is not None)
+        source = resolve_model(teacher)
+        items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
+    shown = show_progress() if processes.is_main else nullcontext(None)
+    with shown as progress:
         execution = Execution(
-            device=choose_device(device),
+            device=processes.device,
+            processes=processes,
             shard=shard,
             logits=logits,
             tensorboard=tensorboard,
@@ -125,7 +132,7 @@ def precompute(
     from nvvl.distill.precompute import precompute_logits
     from nvvl.model.load import resolve_model
 
-    chosen = _choose_recipe(model, recipe, steps, None)
+    chosen = _choose_recipe(model, recipe, steps, None, stored=True)
     source = resolve_model(model)
     items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
     with show_progress() as progress:
@@ -179,7 +186,7 @@ def rotate(
             source,
             out,
             items,
-            num_held_out=min(64, max(1, samples // 8)),
+            num_held_out=min(64, max(1, len(items.items) // 8)),
             num_steps=steps,
             loss_tokens=loss_tokens,
             seed=seed,
@@ -229,13 +236,23 @@ def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_jso
 
 
 def _choose_recipe(
-    teacher: str, recipe: str | None, steps: int | None, lr: float | None
+    teacher: str, recipe: str | None, steps: int | None, lr: float | None, *, stored: bool
 ) -> "DistillRecipe":
-    """Return the recipe that is named, or the one for a teacher, with what was set apart."""
+    """Return the recipe that is named, or the one for a teacher, with what was set apart.
+
+    Args:
+        teacher: The BF16 model.
+        recipe: Preset or file.
+        steps: In place of the recipe's.
+        lr: In place of the recipe's.
+        stored: Whether the teacher is there as stored logits, which serve KL alone.
+    """
     from nvvl.distill.presets import load_distill_recipe
 
     preset = "qad_nvfp4_embedded" if teacher == "embedded" else "qad_nvfp4"
     chosen = load_distill_recipe(recipe or preset)
+    if recipe is None and stored and chosen.loss != "kl":
+        chosen = replace(chosen, name=f"{preset}_kl", loss="kl", layer_loss=0.0)
     if steps is not None:
         chosen = replace(chosen, num_steps=steps)
     return chosen if lr is None else replace(chosen, learning_rate=lr)

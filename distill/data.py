@@ -93,9 +93,7 @@ class DistillData:
                 f"distillation: {share[1]} processes share the items of a step, and the recipe has "
                 f"{fewest}; raise items_per_step and num_validation_items, or start fewer"
             )
-        order = _permutation(len(items), seed, -1)
-        self.validation = sorted(order[: recipe.num_validation_items])
-        self.training = sorted(order[recipe.num_validation_items :])
+        self.training, self.validation = split_items(len(items), recipe, seed=seed)
         self._items = items
         self._processor = processor
         self._recipe = recipe
@@ -167,6 +165,13 @@ class DistillData:
                 'loss_tokens = "text"'
             )
         return item.item_id, inputs, mask
+
+
+def split_items(num_items: int, recipe: DistillRecipe, *, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of the items that are trained on, and of those that are held out."""
+    order = _permutation(num_items, seed, -1)
+    num_held_out = recipe.num_validation_items
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
 def loss_mask(inputs: ModelInputs, tokens: LossTokens, *, image_token_id: int) -> Tensor:

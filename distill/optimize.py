@@ -91,22 +91,29 @@ class Optimizer:
         self._swap()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return everything a run goes on from, whole and on the CPU."""
+        """Return everything a run goes on from, whole and on the CPU.
+
+        Processes other than the main one, which saves it, take part and get the amaxes alone.
+        """
         tensors: dict[str, Tensor] = {}
         for name, master in self._student.masters.items():
             parts = {"master": master.detach(), **self._moments(master)}
             if self.average:
                 parts["average"] = self.average[name]
             parameter = self._student.parameter(name)
-            tensors |= {f"{key}.{name}": to_whole(t, parameter).cpu() for key, t in parts.items()}
+            for key, part in parts.items():
+                whole = to_whole(part, parameter)
+                if self._processes.is_main:
+                    tensors[f"{key}.{name}"] = whole.cpu()
         return tensors | self._amaxes()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the masters and input amaxes, whole and on the CPU."""
-        weights = {
-            name: to_whole(master.detach(), self._student.parameter(name)).cpu()
-            for name, master in self._student.masters.items()
-        }
+        """Return the masters and input amaxes, as `state_tensors`."""
+        weights: dict[str, Tensor] = {}
+        for name, master in self._student.masters.items():
+            whole = to_whole(master.detach(), self._student.parameter(name))
+            if self._processes.is_main:
+                weights[name] = whole.cpu()
         return weights | self._amaxes()
 
     def state_shapes(self, *, started: bool) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,7 @@ from nvvl.distill.teacher import teacher_digest
 from nvvl.distill.train import Progress
 from nvvl.distill.turn import Turn, TurnedWeights
 from nvvl.distill.write import write_bf16
-from nvvl.errors import CheckpointError, ConfigError
+from nvvl.errors import CheckpointError, ConfigError, DataError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
@@ -110,6 +110,11 @@ def rotate(
         num_validation_items=num_held_out,
     )
     report = progress or _no_progress
+    if len(items.items) <= num_held_out:
+        raise DataError(
+            f"rotation: the set has {len(items.items)} items and {num_held_out} are kept for the "
+            "comparison, so none is left to learn from; give more items (--data, --samples)"
+        )
     with staged_folder(out, source=source, overwrite=overwrite) as folder:
         checkpoint = Checkpoint(source)
         _require_blocks(checkpoint.config)
@@ -119,6 +124,7 @@ def rotate(
         prepare = Preparer(model, recipe, device=device)
         sensitivities = measure_sensitivity(model, _prepared(data, prepare, report), seed=seed)
         turn, harm = learn_turn(model, sensitivities, num_steps=num_steps, progress=report)
+        del sensitivities  # two matrices (hidden, hidden) a layer
         record = {
             "source": teacher_digest(source),
             "data": {"set": items.spec, "num_items": len(items.items), "seed": seed},
@@ -128,7 +134,9 @@ def rotate(
         }
         weights = TurnedWeights(checkpoint, turn)
         write_bf16(source, folder, weights, command=command, files={ROTATION_NAME: record})
-        kl = _compare(model, folder, data, prepare, recipe)
+        expected = _answer(model, data, prepare)
+        del model, prepare  # the rotated one takes its place
+        kl = _compare(expected, folder, data, recipe, device)
     return RotateResult(harm, kl, len(data.training), num_held_out)
 
 
@@ -200,22 +208,31 @@ def _prepared(data: DistillData, prepare: Preparer, report: Progress) -> Iterato
 
 
 @torch.no_grad()
-def _compare(
-    model: NemotronNanoVL, folder: Path, data: DistillData, prepare: Preparer, recipe: DistillRecipe
-) -> float:
-    """Return the mean KL of what was written to what it was made from."""
-    device = model.language_model.lm_head.weight.device
-    rotated = load_model(folder, device=device)
-    prepare_rotated = Preparer(rotated, recipe, device=device)
-    total, num_rows = 0.0, 0
+def _answer(model: NemotronNanoVL, data: DistillData, prepare: Preparer) -> list[Rows]:
+    """Return what a model says of the held-out items, by batch."""
+    rows = []
     for batch in data.validation_batches():
-        rows = []
-        for side, ready in ((rotated, prepare_rotated), (model, prepare)):
-            hidden = ready(batch).teacher
-            assert isinstance(hidden, Tensor)
-            rows.append(Rows(hidden, side.language_model.lm_head.weight))
-        total += float(chunked_loss("kl", rows[0], teacher=rows[1])) * len(rows[0].hidden)
-        num_rows += len(rows[0].hidden)
+        hidden = prepare(batch).teacher
+        assert isinstance(hidden, Tensor)
+        rows.append(Rows(hidden, model.language_model.lm_head.weight))
+    return rows
+
+
+@torch.no_grad()
+def _compare(
+    expected: Sequence[Rows],
+    folder: Path,
+    data: DistillData,
+    recipe: DistillRecipe,
+    device: torch.device,
+) -> float:
+    """Return the mean KL of what was written to what the source said."""
+    rotated = load_model(folder, device=device)
+    found = _answer(rotated, data, Preparer(rotated, recipe, device=device))
+    total, num_rows = 0.0, 0
+    for ours, theirs in zip(found, expected, strict=True):
+        total += float(chunked_loss("kl", ours, teacher=theirs)) * len(ours.hidden)
+        num_rows += len(ours.hidden)
     kl = total / num_rows
     if not kl <= _MOST_KL:
         raise CheckpointError(

@@ -68,6 +68,7 @@ def learn_rotation(
     ).sum()
     shares = inputs / inputs.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     start = torch.linalg.eigh(shares.sum(0).double())[1].flip(1).float()
+    del shares  # as large as the inputs, and these are most of what is in memory
     identity = torch.eye(len(start), device=start.device)
     free = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([free], lr=_RATE)

@@ -5,13 +5,11 @@
     OUT.train/best-000050.safetensors  weights and input amaxes of the best validations
     OUT.train/log.jsonl                a line a step
 
-``state.json`` is replaced last, by a rename, so a run that is killed while it saves goes on from
-the state before. Nothing random has to be kept: the order of the data is a function of seed and
-step, and the model has no dropout. Names, shapes and dtypes must be exactly those of the run; the
-tensors are whole ones, so a run may go on with another number of processes.
+Nothing random has to be kept: the order of the data is a function of seed and step, and the model
+has no dropout. Names, shapes and dtypes must be exactly those of the run; the tensors are whole
+ones, so a run may go on with another number of processes.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvvl.errors import CheckpointError, OutputError
+from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hash_file
+from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.safetensors_io import read_header, read_tensor
-
-LOG_NAME = "log.jsonl"
-_STATE_NAME = "state.json"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -65,17 +61,10 @@ class Standing:
         return (loss, self.step) in self.best
 
 
-class StateFolder:
-    """Saves and loads one run's state.
+class StateFolder(TrainFolder):
+    """Saves and loads one run's state."""
 
-    Attributes:
-        folder: ``OUT.train``.
-        identity: What has to be equal for a run to be gone on with.
-    """
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.identity = json.loads(json.dumps(identity))
+    method = "whole"
 
     @property
     def log_path(self) -> Path:
@@ -87,35 +76,23 @@ class StateFolder:
 
         Args:
             size_bytes: What saving will take: two states and the best weights.
-            overwrite: Discard what is there.
+            overwrite: Discard a run that cannot be gone on with.
 
         Returns:
             Whether there is a state to load.
 
         Raises:
-            OutputError: if the folder holds a run with other settings, cannot be made, or the disk
-                has no room.
+            CheckpointError: if the state is not one.
+            OutputError: if the folder holds another run, cannot be made, or the disk has no room.
         """
-        if overwrite:
-            self.discard()
-        found = self._read() if (self.folder / _STATE_NAME).exists() else None
-        if found is not None and found["identity"] != self.identity:
-            keys = sorted(k for k, v in self.identity.items() if found["identity"].get(k) != v)
-            raise OutputError(
-                f"{self.folder}: holds a run with another {', '.join(keys)}; give the same "
-                "settings to go on with it, pass --overwrite to discard it, or choose another OUT"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot be made ({error.strerror})") from None
+        found = self.find(overwrite=overwrite) is not None
         free = shutil.disk_usage(self.folder).free
-        if found is None and free < size_bytes:
+        if not found and free < size_bytes:
             raise OutputError(
                 f"{self.folder}: training state needs {size_bytes} bytes, the disk has {free} "
                 "free; free some or choose another disk"
             )
-        return found is not None
+        return found
 
     def save(
         self, standing: Standing, state: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
@@ -135,17 +112,13 @@ class StateFolder:
         if weights is not None:
             write_safetensors(self.folder / _best_name(standing.step), weights)
         names = [name, *(_best_name(step) for _, step in standing.best)]
-        content = {
-            "identity": self.identity,
-            "standing": asdict(standing),
-            "files": {file: _hash(self.folder / file) for file in names},
-        }
-        partial = self.folder / f"{_STATE_NAME}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / _STATE_NAME)
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in names:
-                path.unlink()
+        with writing(self.folder):
+            files = {file: hash_file(self.folder / file) for file in names}
+        self.write({"standing": asdict(standing), "files": files})
+        with writing(self.folder):
+            for path in self.own_files():
+                if path.suffix == ".safetensors" and path.name not in names:
+                    path.unlink()
 
     def standing(self) -> Standing:
         """Return how far the saved run has come.
@@ -153,7 +126,7 @@ class StateFolder:
         Raises:
             CheckpointError: if state.json cannot be read.
         """
-        return _standing(self._read())
+        return _standing(self.read())
 
     def load(self, shapes: Shapes) -> dict[str, Tensor]:
         """Return the saved state.
@@ -186,16 +159,26 @@ class StateFolder:
         return self._read_tensors(_best_name(step), shapes)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to the log."""
-        with self.log_path.open("a", encoding="utf-8") as file:
+        """Append a line to the log.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        with writing(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def trim_log(self, step: int) -> None:
-        """Drop the lines of steps that are done again after ``step``."""
+        """Drop the lines of steps that are done again after ``step``.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         if self.log_path.exists():
-            lines = self.log_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.log_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            with writing(self.log_path):
+                text = self.log_path.read_text(encoding="utf-8")
+                lines = text[: text.rfind("\n") + 1].splitlines()  # a kill leaves half a line
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+                self.log_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def finish(self) -> None:
         """Leave only the best weights, where several are kept, and what names them."""
@@ -203,38 +186,16 @@ class StateFolder:
         if len(standing.best) < 2:
             self.discard()
             return
-        for path in self.folder.glob("step-*.safetensors"):
-            path.unlink()
-
-    def discard(self) -> None:
-        """Remove the files of a run, and the folder if nothing else is in it."""
-        if not self.folder.is_dir():
-            return
-        for pattern in (f"{_STATE_NAME}*", "step-*.safetensors*", "best-*.safetensors*", LOG_NAME):
-            for path in self.folder.glob(pattern):
+        with writing(self.folder):
+            for path in self.folder.glob("step-*.safetensors"):
                 path.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
-    def _read(self) -> dict[str, Any]:
-        path = self.folder / _STATE_NAME
-        try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            _standing(state)
-            if not isinstance(state["identity"], dict) or not isinstance(state["files"], dict):
-                raise TypeError("identity and files")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not a training state of nvvl ({error!r}); pass --overwrite to start again"
-            ) from None
-        return state
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise KeyError, TypeError or ValueError where a state has no standing."""
+        _standing(state)
 
     def _read_tensors(self, name: str, shapes: Shapes) -> dict[str, Tensor]:
-        path = self.folder / name
-        if not path.is_file() or self._read()["files"].get(name) != _hash(path):
-            raise CheckpointError(
-                f"{path}: missing or changed since it was saved; pass --overwrite to start again"
-            )
+        path = self.require_unchanged(name, self.read())
         tensors = {key: read_tensor(info) for key, info in read_header(path).items()}
         _require_fit(path, tensors, shapes)
         return tensors
@@ -260,8 +221,3 @@ def _require_fit(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> N
     ]
     if faults:
         raise CheckpointError(f"{path}: the state does not fit: {'; '.join(sorted(faults))}")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nvvl.distill.backbone import PREFIX, Backbone, FakeQuantLinear, make_backbone
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.sharding import shard_layers, slice_of
+from nvvl.errors import RecipeError
 from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8, kernels, nvfp4
@@ -210,6 +211,25 @@ class Student:
             assert isinstance(linear, FakeQuantLinear)
             linears[fqn] = linear
         return linears
+
+
+def require_trainable(recipe: DistillRecipe, amaxes: Mapping[str, Amax]) -> None:
+    """Refuse a recipe about quantized inputs where a run has none.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if any(amax.input is not None for amax in amaxes.values()):
+        return
+    for key, asked in (
+        ("trainable", "input_scales" in recipe.trainable),
+        ("recalibrate_inputs", recipe.recalibrate_inputs),
+    ):
+        if asked:
+            raise RecipeError(
+                f"{key}: scales of inputs need quantized inputs, and the run quantizes weights "
+                "alone; leave them out, or give a run of another format"
+            )
 
 
 def _take_gradient(parameter: nn.Parameter) -> Tensor | None:

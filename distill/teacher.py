@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.data import split_items
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.set_digest import digest_set
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processor import Processor
@@ -59,13 +61,20 @@ def run_identity(
     Raises:
         ConfigError: as `check_run`.
         CheckpointError: as `check_run`.
+        DataError: if a held-out item cannot be used.
     """
     check_run(run, teacher)
+    _, held_out = split_items(len(items.items), recipe, seed=seed)
     return {
         "recipe": recipe.to_dict(),
         "teacher": teacher_digest(teacher),
         "run": hashlib.sha256((run / MANIFEST_NAME).read_bytes()).hexdigest(),
-        "data": {"set": items.spec, "num_items": len(items.items), "seed": seed},
+        "data": {
+            "set": items.spec,
+            "num_items": len(items.items),
+            "seed": seed,
+            "sha256": digest_set(items, held_out),
+        },
     }
 
 

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +33,13 @@ from nvvl.distill.logits import StoredLogits, logits_identity, require_logits_su
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.state import LOG_NAME, Standing, StateFolder
-from nvvl.distill.student import Student
+from nvvl.distill.state import Standing, StateFolder
+from nvvl.distill.student import Student, require_trainable
 from nvvl.distill.teacher import run_identity
 from nvvl.distill.tensorboard import open_tensorboard
+from nvvl.distill.train_folder import LOG_NAME
 from nvvl.distill.write import write_bf16, write_quantized
-from nvvl.errors import RecipeError, TrainingError
+from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
@@ -84,15 +85,18 @@ class Execution:
 
     Attributes:
         device: Where both models are: ``cpu`` or ``cuda``.
+        processes: Those that train together; None finds out how the program was started.
         shard: Whether each of several processes holds a slice of the training state.
         logits: Folder of the teacher's logits, computed before.
         tensorboard: Folder to write TensorBoard events to.
-        overwrite: Replace earlier outputs, and discard the state of an unfinished run.
+        overwrite: Replace earlier outputs, and discard an unfinished run that cannot be gone on
+            with.
         progress: Called after each step.
         command: The command line, for the manifest.
     """
 
     device: torch.device | str = "cpu"
+    processes: Processes | None = None
     shard: bool = False
     logits: Path | None = None
     tensorboard: Path | None = None
@@ -134,32 +138,40 @@ def distill(
         RecipeError: if the recipe is one for single layers.
         TrainingError: if a loss is not finite, or training diverges.
         OutputError: if an output exists, holds another run, or does not fit on the disk.
+        ReportedError: on other processes than the main one, in place of any of these.
         KeyboardInterrupt: again, saying how to go on.
     """
     how = execution or Execution()
-    if recipe.method != "whole":
-        raise RecipeError(f'method: required "whole", got "{recipe.method}"; see distill_blockwise')
-    _warn_about_rate(recipe)
     out = out.absolute()
     bf16 = out.with_name(f"{out.name}.bf16")
-    processes = Processes(how.device)
-    identity = run_identity(run, teacher, recipe, items, seed)
-    logits = None
-    if how.logits is not None:
-        require_logits_suffice(recipe)
-        logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
-        identity["logits"] = logits.sha256
+    processes = how.processes or Processes(how.device)
     with ExitStack() as stack:
-        staged = []
-        if processes.is_main:
-            for folder, source in ((out, run), (bf16, teacher)):
-                stage = staged_folder(folder, source=source, overwrite=how.overwrite)
-                staged.append(stack.enter_context(stage))
+        with processes.agreed():
+            if recipe.method != "whole":
+                raise RecipeError(
+                    f'method: required "whole", got "{recipe.method}"; see distill_blockwise'
+                )
+            identity: dict[str, Any] = {}
+            if processes.is_main:
+                _warn_about_rate(recipe)
+                identity = run_identity(run, teacher, recipe, items, seed)
+            logits = None
+            if how.logits is not None:
+                require_logits_suffice(recipe)
+                logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
+                identity["logits"] = logits.sha256
+            staged = []
+            if processes.is_main:
+                for folder, source in ((out, run), (bf16, teacher)):
+                    stage = staged_folder(folder, source=source, overwrite=how.overwrite)
+                    staged.append(stack.enter_context(stage))
         state = StateFolder(out.with_name(f"{out.name}.train"), identity)
         trainer = Trainer(run, teacher, recipe, items, seed, how, processes, state, logits)
         try:
             standing = trainer.train()
         except KeyboardInterrupt:
+            if not processes.is_main:
+                raise ReportedError("interrupted") from None
             raise KeyboardInterrupt(
                 f"interrupted; the last validated step is kept in {state.folder}, and the same "
                 "command goes on from there"
@@ -171,7 +183,8 @@ def distill(
             "step": standing.best_step,
         }
         weights = state.load_best(trainer.optimizer.weight_shapes())
-        (staged[0] / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
+        with writing(staged[0]):
+            (staged[0] / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
         write_bf16(teacher, staged[1], weights, distillation=record, command=how.command)
         manifest = write_quantized(
             staged[1], run, staged[0], weights, distillation=record, command=how.command
@@ -197,26 +210,30 @@ class Trainer:
         state: StateFolder,
         logits: StoredLogits | None,
     ) -> None:
-        model = load_model(teacher, device=processes.device)
-        formats = quantized_only(read_recipe_formats(run / RECIPE_NAME, list_linears(model.config)))
+        with processes.agreed():
+            model = load_model(teacher, device=processes.device)
+            linears = list_linears(model.config)
+            formats = quantized_only(read_recipe_formats(run / RECIPE_NAME, linears))
+            amaxes = read_amaxes(run / CALIBRATION_NAME, formats)
+            require_trainable(recipe, amaxes)
+            self.data = DistillData(
+                items.items,
+                Processor.from_folder(teacher),
+                recipe,
+                seed=seed,
+                share=(processes.index, processes.count),
+                check=None if logits is None else logits.check,
+            )
         self.student = Student(
             model,
             formats,
-            read_amaxes(run / CALIBRATION_NAME, formats),
+            amaxes,
             recipe,
             processes=processes,
             take_layers=logits is not None,
             shard=how.shard and processes.count > 1,
         )
         self.optimizer = Optimizer(self.student, recipe, processes)
-        self.data = DistillData(
-            items.items,
-            Processor.from_folder(teacher),
-            recipe,
-            seed=seed,
-            share=(processes.index, processes.count),
-            check=None if logits is None else logits.check,
-        )
         self.prepare = Preparer(model, recipe, device=processes.device, logits=logits)
         self._recipe = recipe
         self._how = how
@@ -228,17 +245,21 @@ class Trainer:
         """Train from the state's step to the last."""
         recipe, progress = self._recipe, self._how.progress
         standing = self._resume() or self._begin()
-        with open_tensorboard(self._events_folder(), standing.step) as events:
+        with ExitStack() as stack:
+            with self._processes.agreed():
+                opened = open_tensorboard(self._events_folder(), standing.step)
+                events = stack.enter_context(opened)
             while standing.step < recipe.num_steps:
                 record = self.step(standing.step)
                 standing.step += 1
                 if standing.step % recipe.validate_every == 0 or standing.step == recipe.num_steps:
                     record["validation_loss"] = self._validate_and_save(standing)
-                if self._processes.is_main:
-                    self._state.log({"step": standing.step, **record})
-                    events.write(standing.step, record)
-                    if progress is not None:
-                        progress(_describe(record, standing), standing.step, recipe.num_steps)
+                with self._processes.agreed():
+                    if self._processes.is_main:
+                        self._state.log({"step": standing.step, **record})
+                        events.write(standing.step, record)
+                        if progress is not None:
+                            progress(_describe(record, standing), standing.step, recipe.num_steps)
         return standing
 
     def step(self, step: int) -> dict[str, Any]:
@@ -248,9 +269,10 @@ class Trainer:
             TrainingError: if loss or gradient is not finite.
         """
         began = time.perf_counter()
-        batches = self.data.training_batches(step)
-        mine = torch.tensor([_num_rows(batches), sum(batch.num_tokens for batch in batches)])
-        num_rows, num_tokens = self._processes.sum(mine).tolist()
+        with self._processes.agreed():
+            batches = self.data.training_batches(step)
+        counted = torch.tensor([_num_rows(batches), sum(b.num_tokens for b in batches)])
+        num_rows, num_tokens = self._processes.sum(counted).tolist()
         losses = torch.zeros(2)
         for batch, counts in self._in_turns(batches):
             prepared = self.prepare(batch)
@@ -265,12 +287,15 @@ class Trainer:
         loss_value, total_value = self._processes.sum(losses).tolist()
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(total_value) and math.isfinite(norm)):
-            ids = [item_id for batch in batches for item_id in batch.item_ids]
-            raise TrainingError(
-                f"step {step + 1}: loss {total_value}, gradient norm {norm}; items "
-                f"{', '.join(ids)}; the last validated weights are kept in {self._state.folder}; "
-                "leave out an item that is broken, or lower learning_rate"
-            )
+            mine = [item_id for batch in batches for item_id in batch.item_ids]
+            ids = [item_id for share in self._processes.gather(mine) for item_id in share]
+            with self._processes.agreed():
+                raise TrainingError(
+                    f"step {step + 1}: loss {total_value}, gradient norm {norm}; items "
+                    f"{', '.join(ids)}; the last validated weights are kept in "
+                    f"{self._state.folder}; leave out an item that is broken, or lower "
+                    "learning_rate"
+                )
         rate = self.optimizer.step(norm)
         record = {"loss": loss_value, "grad_norm": norm, "learning_rate": rate}
         if self._recipe.layer_loss:
@@ -290,47 +315,62 @@ class Trainer:
         Raises:
             TrainingError: if it is not finite.
         """
-        if not self._validation:  # the teacher's side never changes: computed once, kept on the CPU
-            cpu = torch.device("cpu")
-            batches = self.data.validation_batches()
-            self._validation = [self.prepare(batch).to(cpu) for batch in batches]
+        if not self._validation:
+            with self._processes.agreed():
+                self._validation = self._prepare_validation()
         sums = torch.zeros(2, dtype=torch.float64)
+        fault = ""
         for prepared, counts in self._in_turns(self._validation):
             on_device = prepared.to(self._processes.device)
             loss = float(self.prepare.loss(self.student.backbone, on_device)[0])
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"validation at step {step}: loss {loss}; items "
-                    f"{', '.join(prepared.item_ids)}; leave out an item that is broken, or lower "
-                    "learning_rate"
-                )
+                fault = fault or f"loss {loss}; items {', '.join(prepared.item_ids)}"
             sums += counts * prepared.num_rows * torch.tensor([loss, 1.0], dtype=torch.float64)
+        with self._processes.agreed():
+            if fault:
+                raise TrainingError(
+                    f"validation at step {step}: {fault}; leave out an item that is broken, or "
+                    "lower learning_rate"
+                )
         total, num_rows = self._processes.sum(sums).tolist()
         return total / num_rows
+
+    def _prepare_validation(self) -> list[Prepared]:
+        """Make the held-out rows ready: the teacher's side never changes, and stays on the CPU.
+
+        Outputs of layers are in no validation loss, and would be many times all else.
+        """
+        cpu = torch.device("cpu")
+        batches = self.data.validation_batches()
+        return [replace(self.prepare(batch), layers=()).to(cpu) for batch in batches]
 
     def _resume(self) -> Standing | None:
         """Load the state of an earlier start, if there is one."""
         sizes = [4 * math.prod(shape) for shape in self.optimizer.weight_shapes().values()]
         room = (6 + 2 * bool(self._recipe.ema_decay) + self._recipe.keep_best) * sum(sizes)
-        found = 0
-        if self._processes.is_main:
-            found = self._state.open(size_bytes=room, overwrite=self._how.overwrite)
-        if not self._processes.max(torch.tensor(int(found))):
+        found = False
+        with self._processes.agreed():
+            if self._processes.is_main:
+                found = self._state.open(size_bytes=room, overwrite=self._how.overwrite)
+        if not self._processes.gather(found)[0]:
             return None
-        standing = self._state.standing()
-        shapes = self.optimizer.state_shapes(started=standing.step > 0)
-        self.optimizer.load_state(self._state.load(shapes), num_steps=standing.step)
-        if self._processes.is_main:
-            self._state.trim_log(standing.step)
+        with self._processes.agreed():
+            standing = self._state.standing()
+            shapes = self.optimizer.state_shapes(started=standing.step > 0)
+            tensors = self._state.load(shapes)
+            if self._processes.is_main:
+                self._state.trim_log(standing.step)
+        self.optimizer.load_state(tensors, num_steps=standing.step)
         return standing
 
     def _begin(self) -> Standing:
         loss = self.validate(step=0)
         standing = Standing(step=0, start_loss=loss)
         self._save(standing, loss)
-        if self._processes.is_main:
-            self._state.trim_log(-1)
-            self._state.log({"step": 0, "validation_loss": loss})
+        with self._processes.agreed():
+            if self._processes.is_main:
+                self._state.trim_log(-1)
+                self._state.log({"step": 0, "validation_loss": loss})
         return standing
 
     def _validate_and_save(self, standing: Standing) -> float:
@@ -338,13 +378,14 @@ class Trainer:
             self.student.recalibrate()
         with self.optimizer.averaged():
             loss = self.validate(step=standing.step)
-            if loss > _DIVERGED * standing.start_loss:
-                raise TrainingError(
-                    f"step {standing.step}: validation loss {loss:.4g} is over {_DIVERGED} times "
-                    f"the {standing.start_loss:.4g} before training; the last good weights are "
-                    f"kept in {self._state.folder}; lower learning_rate and start again with "
-                    "--overwrite"
-                )
+            with self._processes.agreed():
+                if loss > _DIVERGED * standing.start_loss:
+                    raise TrainingError(
+                        f"step {standing.step}: validation loss {loss:.4g} is over {_DIVERGED} "
+                        f"times the {standing.start_loss:.4g} before training; the last good "
+                        f"weights are kept in {self._state.folder}; lower learning_rate and start "
+                        "again with --overwrite"
+                    )
             weights = {n: t.clone() for n, t in self.optimizer.weights().items()}
         self._save(standing, loss, weights)
         return loss
@@ -355,9 +396,9 @@ class Trainer:
         is_kept = standing.add(loss, keep=self._recipe.keep_best)
         state = self.optimizer.state_tensors()  # all processes together
         weights = self.optimizer.weights() if weights is None else weights
-        if self._processes.is_main:
-            self._state.save(standing, state, weights if is_kept else None)
-        self._processes.wait()
+        with self._processes.agreed():
+            if self._processes.is_main:
+                self._state.save(standing, state, weights if is_kept else None)
 
     def _in_turns(self, batches: Sequence[_T]) -> Iterator[tuple[_T, int]]:
         """Give batches, each with a 1; then the last again with a 0, while others still have some.

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from nvvl import errors
 from nvvl.errors import NvvlError, ReportedError
+
+# The main process may hash and write terabytes while the others wait; one that died is found out by
+# whatever started them.
+_PATIENCE = timedelta(days=1)
 
 
 class Processes:
@@ -37,9 +42,12 @@ class Processes:
         self.index, self.count = 0, 1
         self.device = torch.device(device)
         if join and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import Accelerator
+            from accelerate import Accelerator, InitProcessGroupKwargs
 
-            self._accelerator = Accelerator(cpu=self.device.type == "cpu")
+            patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+            self._accelerator = Accelerator(
+                cpu=self.device.type == "cpu", kwargs_handlers=[patience]
+            )
             self.index = self._accelerator.process_index
             self.count = self._accelerator.num_processes
             self.device = self._accelerator.device
@@ -105,11 +113,6 @@ class Processes:
             raise error
         kind, message = first
         raise getattr(errors, kind)(message)
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.count > 1:
-            self._accelerator.wait_for_everyone()
 
     def _stack(self, value: Tensor) -> Tensor:
         """Return the tensors of all processes, (count, ...)."""

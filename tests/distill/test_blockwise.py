@@ -11,11 +11,12 @@ import torch
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill import backbone, block
 from nvvl.distill.block import BlockStudent
-from nvvl.distill.blockwise import BlockwiseResult, distill_blockwise
+from nvvl.distill.blockwise import BlockwiseResult, LayerResult, _KeptLayers, distill_blockwise
 from nvvl.distill.embed import embed_items
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.train import Execution, distill
-from nvvl.errors import OutputError, RecipeError
+from nvvl.errors import CheckpointError, OutputError, RecipeError
 from nvvl.export.verify import verify
 from nvvl.model import products
 from nvvl.model.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from nvvl.quantize.recipe import Format
 
 NVVL = Execution(command=["nvvl"])
 NUM_LAYERS = 7
+LAYER = "language_model.backbone.layers.0"
 
 
 class Killed(Exception):
@@ -125,12 +127,66 @@ def test_killed_run_goes_on_to_the_same_bytes(
     with pytest.raises(Killed):
         distill_blockwise(run, tiny_checkpoint, out, recipe, items, execution=execution)
     other = dataclasses.replace(recipe, num_steps=16)
-    with pytest.raises(OutputError, match="holds a run with other settings"):
+    with pytest.raises(OutputError, match="holds a run with another recipe"):
         distill_blockwise(run, tiny_checkpoint, out, other, items, execution=NVVL)
     distill_blockwise(run, tiny_checkpoint, out, recipe, items, execution=NVVL)
     for name in ("model.safetensors", "calibration.safetensors"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
     assert not out.with_name("out.train").exists()
+
+
+def keep_layer(folder: Path, *, overwrite: bool = False) -> _KeptLayers:
+    """Keep a first layer, unless it is there."""
+    kept = _KeptLayers(folder, {"recipe": "x"}, overwrite=overwrite)
+    if LAYER not in kept:
+        kept.add(LayerResult(LAYER, 2.0, 1.0), {f"{LAYER}.norm.weight": torch.ones(3)})
+    return kept
+
+
+def save_whole(folder: Path) -> None:
+    """Save the state of a run of the whole model."""
+    state = StateFolder(folder, {"recipe": "x"})
+    state.open(size_bytes=0, overwrite=False)
+    state.save(Standing(0, 1.0), {"a": torch.ones(3)}, None)
+
+
+def test_overwrite_goes_on_after_the_layers_that_are_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "out.train"
+    keep_layer(folder)
+    assert LAYER in _KeptLayers(folder, {"recipe": "x"}, overwrite=True)
+    (folder / "layer-00000.safetensors").write_bytes(b"else")
+    with pytest.raises(CheckpointError, match="missing or changed since it was saved"):
+        keep_layer(folder).load(LAYER)
+    assert LAYER not in _KeptLayers(folder, {"recipe": "x"}, overwrite=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_unreadable_record_of_layers_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out.train"
+    keep_layer(folder)
+    (folder / "blocks.json").write_text('{"identity": {}, "files": {}}')
+    with pytest.raises(CheckpointError, match=r"blocks\.json: not a training state"):
+        keep_layer(folder)
+
+
+def test_each_method_leaves_the_run_of_the_other_alone(tmp_path: Path) -> None:
+    for method, save, other in (
+        ("whole", save_whole, keep_layer),
+        ("layers", keep_layer, save_whole),
+    ):
+        folder = tmp_path / method
+        save(folder)
+        before = sorted(folder.iterdir())
+        with pytest.raises(OutputError, match=f'holds a run of method "{method}"'):
+            other(folder)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_overwrite_discards_the_run_of_the_other_method_and_nothing_else(tmp_path: Path) -> None:
+    save_whole(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    keep_layer(tmp_path, overwrite=True).discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_layer_that_gets_no_better_stays_as_it_was(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -12,6 +13,34 @@ from nvvl.distill.recipe import DistillRecipe
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["distill", *(str(argument) for argument in arguments)])
+
+
+def test_teacher_s_logits_need_no_recipe_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "it"}]
+    data = tmp_path / "items.jsonl"
+    data.write_text(f"{json.dumps({'messages': turns})}\n" * 65)  # one more than are held out
+    out = tmp_path / "LOGITS"
+    arguments = ["precompute", "embedded", "-o", out, "--data", data, "--device", "cpu"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "positions of 65 items, 64 tokens each" in result.stdout
+
+    recipes: list[DistillRecipe] = []
+
+    def note(*arguments: Any, **_: Any) -> None:
+        recipes.append(arguments[3])
+
+    monkeypatch.setattr("nvvl.distill.train.distill", note)
+    given = ["RUN", "--teacher", "embedded", "-o", tmp_path / "out", "--data", data]
+    for options in ([], ["--logits", out]):
+        assert invoke(*given, *options).exit_code == 0
+    assert [(recipe.loss, recipe.layer_loss > 0) for recipe in recipes] == [
+        ("mse", True),
+        ("kl", False),
+    ]
+    assert recipes[0].num_items == recipes[1].num_items
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ def set_gradients(student: Student, seed: int) -> None:
         master.grad = torch.randn(master.shape, generator=generator)
 
 
+def test_other_processes_keep_nothing_of_what_is_saved(make: Make, recipe: DistillRecipe) -> None:
+    student, optimizer = make()
+    other = Processes("cpu")
+    other.index = 1
+    for give in (Optimizer.state_tensors, Optimizer.weights):
+        assert len(give(optimizer)) > len(student.amaxes)
+        assert len(give(Optimizer(student, recipe, other))) == len(student.amaxes)
+
+
 def test_norm_is_that_of_all_gradients_together(make: Make) -> None:
     student, optimizer = make()
     set_gradients(student, 0)

@@ -1,6 +1,7 @@
 """``nvvl rotate``: an equal model, easier to round."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
 from nvvl.cli import app
 from nvvl.distill import rotate as rotate_module
-from nvvl.distill.rotate import rotate
+from nvvl.distill.rotate import RotateResult, rotate
 from nvvl.distill.turn import Turn, TurnedWeights
 from nvvl.errors import CheckpointError, ConfigError, DataError, OutputError
 from nvvl.export.verify import verify
@@ -181,7 +182,8 @@ def test_quantized_source_is_refused(run: Path, items: CalibrationSet, tmp_path:
 def test_set_without_items_to_learn_from_is_refused(
     tiny_checkpoint: Path, items: CalibrationSet, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="the set has 14 items and 14 are kept"):
+    message = r"the set has 14 items and 14 are kept.*give more items \(--data, --samples\)"
+    with pytest.raises(DataError, match=message):
         rotate(tiny_checkpoint, tmp_path / "out", items, num_held_out=14)
 
 
@@ -191,6 +193,41 @@ def test_earlier_output_is_not_replaced(
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         rotate(tiny_checkpoint, tmp_path / "out", items, num_held_out=4)
+
+
+def test_source_is_gone_when_the_rotated_model_is_loaded(
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[weakref.ref[NemotronNanoVL]] = []
+
+    def load(folder: Path, **options: Any) -> NemotronNanoVL:
+        assert all(reference() is None for reference in loaded)
+        model = load_model(folder, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(rotate_module, "load_model", load)
+    rotate(tiny_checkpoint, tmp_path / "out", items, num_held_out=4, num_steps=2)
+    assert len(loaded) == 2
+
+
+def test_set_smaller_than_samples_holds_out_an_eighth_of_what_it_has(
+    tiny_checkpoint: Path, item_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out: list[int] = []
+
+    def note(*_: Any, num_held_out: int, **__: Any) -> RotateResult:
+        held_out.append(num_held_out)
+        return RotateResult(1.0, 0.0, 8, num_held_out)
+
+    monkeypatch.setattr(rotate_module, "rotate", note)
+    arguments = ["rotate", tiny_checkpoint, tmp_path / "out", "--data", item_folder]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert held_out == [1]
 
 
 def test_command_writes_and_says_what_is_next(

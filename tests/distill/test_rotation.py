@@ -1,5 +1,8 @@
 """Rotations and gains: what they promise of the error of NVFP4, and that it holds."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,6 +83,14 @@ def test_one_rotation_serves_all_inputs_that_share_a_basis() -> None:
     alone = [learn_rotation([one], num_steps=100)[1] for one in both]
     assert harm < 1.05 * sum(alone)
     assert rotation.shape == (SIZE, SIZE)
+
+
+def test_learning_holds_six_matrices_of_each_input(live_memory: Callable[[], Any]) -> None:
+    inputs = [make_sensitivity(*planted(turned=orthogonal(seed))) for seed in range(24)]
+    with live_memory() as memory:
+        learn_rotation(inputs, num_steps=2)
+    # beside the two that are given; and a few for all of them together
+    assert memory.peak < (6 * len(inputs) + 15) * SIZE * SIZE * 4
 
 
 def test_channels_without_energy_get_finite_gains() -> None:

@@ -122,6 +122,55 @@ def test_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     assert other.open(size_bytes=10, overwrite=True) is False
 
 
+def test_overwrite_goes_on_with_a_run_of_the_same_settings(tmp_path: Path) -> None:
+    save(tmp_path / "s")
+    state = StateFolder(tmp_path / "s", IDENTITY)
+    assert state.open(size_bytes=10, overwrite=True) is True
+    assert state.standing().step == 3
+    assert float(state.load_best(SHAPES)["a.weight"][0, 0]) == 7.0
+
+
+@pytest.mark.parametrize("name", ["step-000003.safetensors", "best-000003.safetensors"])
+@pytest.mark.parametrize("change", ["missing", "changed"])
+def test_overwrite_discards_a_run_whose_files_are_not_whole(
+    name: str, change: str, tmp_path: Path
+) -> None:
+    state = save(tmp_path / "s")
+    path = state.folder / name
+    data = path.read_bytes()
+    path.unlink()
+    if change == "changed":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert state.open(size_bytes=10, overwrite=True) is False
+    assert names(state.folder) == []
+
+
+def test_run_of_another_version_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "s")
+    monkeypatch.setattr("nvvl.distill.train_folder.library_versions", lambda: {"torch": "9"})
+    with pytest.raises(OutputError, match=r"with another .*version of torch"):
+        StateFolder(tmp_path / "s", IDENTITY).open(size_bytes=10, overwrite=False)
+
+
+def test_half_a_line_that_a_kill_left_in_the_log_is_dropped(tmp_path: Path) -> None:
+    state = save(tmp_path / "s")
+    for step in (3, 4):
+        state.log({"step": step})
+    with state.log_path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    state.trim_log(3)
+    assert state.log_path.read_text() == '{"step": 3}\n'
+
+
+def test_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    state = save(tmp_path / "s")
+    state.log_path.mkdir()
+    with pytest.raises(OutputError, match=r"log\.jsonl: cannot be written"):
+        state.log({"step": 4})
+
+
 def test_discard_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     save(tmp_path / "s")
     (tmp_path / "s" / "notes.txt").write_text("mine")
@@ -141,6 +190,7 @@ def test_unreadable_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a training state of nvvl"):
         state.open(size_bytes=10, overwrite=False)
+    assert state.open(size_bytes=10, overwrite=True) is False
 
 
 def _accept_files(folder: Path) -> None:

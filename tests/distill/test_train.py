@@ -15,12 +15,14 @@ from nvvl.distill.losses import chunked_loss
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import StateFolder
 from nvvl.distill.train import DistillResult, Execution, Trainer, distill
-from nvvl.errors import OutputError, TrainingError
+from nvvl.errors import OutputError, RecipeError, TrainingError
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.processes import Processes
 from nvvl.quantize.manifest import Manifest
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.walk import quantize_checkpoint
 
 NVVL = Execution(command=["nvvl"])
 
@@ -92,8 +94,9 @@ def test_manifest_says_where_the_weights_come_from(
 ) -> None:
     record = Manifest.read(finished[0]).distillation
     assert record["recipe"] == recipe.to_dict()
-    assert record["data"] == {"set": "test", "num_items": 14, "seed": 0}
-    assert len(record["teacher"]) == len(record["run"]) == 64
+    data = record["data"]
+    assert (data["set"], data["num_items"], data["seed"]) == ("test", 14, 0)
+    assert len(record["teacher"]) == len(record["run"]) == len(data["sha256"]) == 64
     assert record["step"] == finished[1].best_step
 
 
@@ -187,6 +190,39 @@ def test_weights_are_rounded_once_a_step(
     assert len(trainer.data.training_batches(0)) > 1
     trainer.step(0)
     assert trainer.student.num_refreshes == before + 1
+
+
+def test_validation_keeps_no_outputs_of_layers(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    state = StateFolder(tmp_path / "out.train", {})
+    losses = []
+    for weight in (0.0, 1.0):
+        chosen = dataclasses.replace(recipe, layer_loss=weight)
+        trainer = Trainer(
+            run, tiny_checkpoint, chosen, items, 0, NVVL, Processes("cpu"), state, None
+        )
+        losses.append(trainer.validate(step=0))
+        assert all(prepared.layers == () for prepared in trainer._validation)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"recalibrate_inputs": True}, {"trainable": ("norms", "input_scales")}]
+)
+def test_recipe_about_inputs_needs_quantized_ones(
+    change: dict[str, Any],
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+) -> None:
+    weights_alone = tmp_path / "w4a16"
+    quantize_checkpoint(tiny_checkpoint, weights_alone, PRESETS["nvfp4-w4a16"](), None)
+    recipe = dataclasses.replace(recipe, **change)
+    with pytest.raises(RecipeError, match=f"{next(iter(change))}: scales of inputs need quantized"):
+        distill(weights_alone, tiny_checkpoint, tmp_path / "out", recipe, items)
+    assert [path.name for path in tmp_path.iterdir()] == ["w4a16"]
 
 
 def test_events_and_log_have_every_step(

@@ -1,0 +1,166 @@
+"""``OUT.train``: what an unfinished run has done, gone on with by the same command.
+
+Each way of training has files of its own there. One of them, JSON, says what the run is and names
+the others by hash. It is replaced last, by a rename, so a run that is killed while it saves goes on
+from the state before.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nvvl
+from nvvl.distill.recipe import Method
+from nvvl.errors import CheckpointError, OutputError, writing
+from nvvl.quantize.manifest import library_versions
+
+LOG_NAME = "log.jsonl"
+
+# The file that names the others comes first, so that it is the first to go.
+_FILES: dict[Method, tuple[str, ...]] = {
+    "whole": ("state.json", "step-*.safetensors", "best-*.safetensors", LOG_NAME),
+    "layers": ("blocks.json", "layer-*.safetensors"),
+}
+
+
+class TrainFolder:
+    """The files of one run.
+
+    Attributes:
+        method: How the run trains.
+        folder: ``OUT.train``.
+        identity: What has to be equal for a run to be gone on with, versions of libraries too.
+    """
+
+    method: Method
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        versions = {"nvvl": nvvl.__version__, **library_versions()}
+        self.identity = json.loads(json.dumps(identity))
+        self.identity |= {f"version of {name}": text for name, text in versions.items()}
+
+    @property
+    def path(self) -> Path:
+        """The file that names the others."""
+        return self.folder / _FILES[self.method][0]
+
+    def find(self, *, overwrite: bool) -> dict[str, Any] | None:
+        """Return what a run of the same identity has left; else make the folder.
+
+        Args:
+            overwrite: Discard a run that cannot be gone on with, in place of refusing it.
+
+        Raises:
+            CheckpointError: if the state is not one.
+            OutputError: if the folder holds another run, or cannot be made.
+        """
+        try:
+            self._refuse_other_method()
+            state = self.read() if self.path.exists() else None
+            if state is not None:
+                self._refuse_other_identity(state["identity"])
+                for name in state["files"] if overwrite else ():
+                    self.require_unchanged(name, state)
+        except (CheckpointError, OutputError):
+            if not overwrite:
+                raise
+            self.discard(*_FILES)
+            state = None
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return state
+
+    def read(self) -> dict[str, Any]:
+        """Read what the run is, and what its files are.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        try:
+            state: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            self.check(state)
+            if not isinstance(state["identity"], dict) or not isinstance(state["files"], dict):
+                raise TypeError("identity and files")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a training state of nvvl ({error!r}); pass --overwrite to start "
+                "again"
+            ) from None
+        return state
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Replace what the run is.
+
+        Args:
+            state: With the SHA-256 of each file in ``files``; the identity is added.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        text = json.dumps({"identity": self.identity, **state}, indent=2) + "\n"
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with writing(self.path):
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise KeyError, TypeError or ValueError where a state lacks what the method needs."""
+
+    def require_unchanged(self, name: str, state: Mapping[str, Any]) -> Path:
+        """Return the path of a file that a state names.
+
+        Raises:
+            CheckpointError: if it is not what was saved.
+        """
+        path = self.folder / name
+        if not path.is_file() or hash_file(path) != state["files"].get(name):
+            raise CheckpointError(
+                f"{path}: missing or changed since it was saved; pass --overwrite to start again"
+            )
+        return path
+
+    def own_files(self, *methods: Method) -> list[Path]:
+        """List the files of this run, or of those methods."""
+        patterns = [name for method in methods or (self.method,) for name in _FILES[method]]
+        unfinished = [f"{pattern}.partial" for pattern in patterns]
+        return [path for pattern in patterns + unfinished for path in self.folder.glob(pattern)]
+
+    def discard(self, *methods: Method) -> None:
+        """Remove the files of this run, or of those methods; the folder if nothing else is in it.
+
+        Raises:
+            OutputError: if they cannot be removed.
+        """
+        if not self.folder.is_dir():
+            return
+        with writing(self.folder):
+            for path in self.own_files(*methods):
+                path.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _refuse_other_method(self) -> None:
+        for method, (name, *_) in _FILES.items():
+            if method != self.method and (self.folder / name).exists():
+                raise OutputError(
+                    f'{self.folder}: holds a run of method "{method}"; give its recipe to go on '
+                    "with it, pass --overwrite to discard it, or choose another OUT"
+                )
+
+    def _refuse_other_identity(self, found: Mapping[str, Any]) -> None:
+        keys = found.keys() | self.identity.keys()
+        differing = sorted(k for k in keys if found.get(k) != self.identity.get(k))
+        if differing:
+            raise OutputError(
+                f"{self.folder}: holds a run with another {', '.join(differing)}; give the same "
+                "settings to go on with it, pass --overwrite to discard it, or choose another OUT"
+            )
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -101,11 +101,10 @@ def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]
         try:
             stage.output.mkdir()
             yield stage.output
-            _require_free(out, source=source, overwrite=overwrite)
         except BaseException:
             shutil.rmtree(stage.root, ignore_errors=True)
             raise
-        _replace(out, stage)
+        _replace(out, stage, source=source, overwrite=overwrite)
 
 
 @contextmanager
@@ -133,8 +132,7 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
             resumed = stage.has_blocks()
         try:
             yield stage
-            _require_free(out, source=source, overwrite=overwrite)
-            _replace(out, stage)
+            _replace(out, stage, source=source, overwrite=overwrite)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; finished blocks are kept in {stage.root}, and the same command "
@@ -191,7 +189,12 @@ def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
             )
 
 
-def _replace(out: Path, stage: Stage) -> None:
+def _replace(out: Path, stage: Stage, *, source: Path, overwrite: bool) -> None:
+    kept = f"the finished output is kept as {stage.output}"
+    try:
+        _require_free(out, source=source, overwrite=overwrite)
+    except OutputError as error:  # made by somebody else meanwhile
+        raise OutputError(f"{error}; {kept}") from None
     try:
         if stage.old.exists():
             shutil.rmtree(stage.old)  # of a run killed between the two renames below
@@ -205,8 +208,7 @@ def _replace(out: Path, stage: Stage) -> None:
             raise
     except OSError as error:
         raise OutputError(
-            f"{out}: the finished output cannot get this name ({error.strerror}); it is kept as "
-            f"{stage.output}"
+            f"{out}: the finished output cannot get this name ({error.strerror}); {kept}"
         ) from error
     with writing(stage.root):
         shutil.rmtree(stage.root)

@@ -67,20 +67,26 @@ def test_mount_point_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("staging", [staged_folder, resumable_folder])
+@pytest.mark.parametrize("reason", ["Device or resource busy", "exists already"])
 def test_finished_output_is_kept_if_only_its_name_is_missing(
-    staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    staging: Staging, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = tmp_path / "out"
+
     def busy(*_: object) -> Path:
-        raise OSError(errno.EBUSY, "Device or resource busy")
+        raise OSError(errno.EBUSY, reason)
 
     def write() -> None:
-        with staging(tmp_path / "out", source=tmp_path / "source", overwrite=False) as stage:
+        with staging(out, source=tmp_path / "source", overwrite=False) as stage:
             folder = stage if staging is staged_folder else stage.output
             folder.mkdir(exist_ok=True)
             (folder / "manifest.json").write_text("{}")
+            if reason == "exists already":  # since the run began
+                out.mkdir()
+            else:
+                monkeypatch.setattr(Path, "rename", busy)
 
-    monkeypatch.setattr(Path, "rename", busy)
-    with pytest.raises(OutputError, match=r"out: .*\(Device or resource busy\); it is kept as"):
+    with pytest.raises(OutputError, match=rf"out: .*{reason}.*; the finished output is kept as"):
         write()
     assert len(list(tmp_path.glob(".out.partial*/output/manifest.json"))) == 1
 

@@ -26,7 +26,8 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")
 MemoryOption = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Take no more memory, e.g. 6GB; refused at once if that is too little."
+        metavar="SIZE",
+        help="Let no process take more memory, e.g. 6GB; refused at once if that is too little.",
     ),
 ]
 RecipeOption = Annotated[

@@ -9,7 +9,6 @@ Two builds of one spec give the same bytes. An item read back has the hash it wa
 refused: the table is checked against the manifest, pictures against their names.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.media import read_picture, save_picture
 from nvvl.calib_data.sources import ItemSource
 from nvvl.errors import DataError
+from nvvl.model.hashing import hash_file
 from nvvl.model.prompt import Message
 from nvvl.model.video import Video
 
@@ -93,7 +93,7 @@ def write_table(rows: Sequence[Row], folder: Path) -> None:
 
 def write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
     """Write the manifest, with the hash of the table and the contact sheet."""
-    files = {name: _hash_file(folder / name) for name in (TABLE, SHEET)}
+    files = {name: hash_file(folder / name) for name in (TABLE, SHEET)}
     text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -131,7 +131,7 @@ def read_rows(folder: Path) -> list[Row]:
     manifest = read_manifest(folder)
     path = folder / TABLE
     try:
-        found = _hash_file(path)
+        found = hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if found != manifest["files"][TABLE]:
@@ -182,8 +182,3 @@ def _quiet_datasets() -> Iterator[None]:
     finally:
         if not disabled:
             datasets.enable_progress_bars()
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,11 +31,12 @@ from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import run_identity
 from nvvl.distill.train import Execution, Progress
-from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hash_file
+from nvvl.distill.train_folder import LOG_NAME, TrainFolder
 from nvvl.distill.write import write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.hashing import hash_file
 from nvvl.model.load import materialize
 from nvvl.model.packing import Packing
 from nvvl.model.processes import Processes

@@ -25,6 +25,7 @@ from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import teacher_digest
 from nvvl.errors import CheckpointError, DataError, RecipeError
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.hashing import hash_file
 from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
 from nvvl.quantize.staging import MANIFEST_NAME
 
@@ -71,7 +72,7 @@ class StoredLogits:
             )
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         for name, sha256 in files.items():
-            if not (folder / name).is_file() or _hash(folder / name) != sha256:
+            if not (folder / name).is_file() or hash_file(folder / name) != sha256:
                 raise CheckpointError(f"{folder / name}: missing or changed; make the logits again")
             self._headers[name] = read_header(folder / name)
 
@@ -159,7 +160,7 @@ class LogitsWriter:
 
     def _flush(self, name: str) -> None:
         write_safetensors(self._folder / name, self._waiting)
-        self._files[name] = _hash(self._folder / name)
+        self._files[name] = hash_file(self._folder / name)
         self._waiting = {}
 
 
@@ -189,8 +190,3 @@ def require_logits_suffice(recipe: DistillRecipe) -> None:
             "layer_loss: compares the layers of both models, and stored logits have none; set it "
             "to 0, or train without --logits"
         )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

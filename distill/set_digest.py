@@ -15,7 +15,7 @@ from nvvl.calib_data.items import item_hash
 from nvvl.calib_data.listing import DEFAULT
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.calib_data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from nvvl.distill.train_folder import hash_file
+from nvvl.model.hashing import hash_file
 
 
 def digest_set(items: CalibrationSet, validation: Sequence[int]) -> str:

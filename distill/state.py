@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hash_file
+from nvvl.distill.train_folder import LOG_NAME, TrainFolder
 from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.hashing import hash_file
 from nvvl.model.safetensors_io import read_header, read_tensor
 
 Shapes = Mapping[str, tuple[int, ...]]

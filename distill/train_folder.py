@@ -5,7 +5,6 @@ the others by hash. It is replaced last, by a rename, so a run that is killed wh
 from the state before.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import nvvl
 from nvvl.distill.recipe import Method
 from nvvl.errors import CheckpointError, OutputError, writing
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import library_versions
 
 LOG_NAME = "log.jsonl"
@@ -158,9 +158,3 @@ class TrainFolder:
                 f"{self.folder}: holds a run with another {', '.join(differing)}; give the same "
                 "settings to go on with it, pass --overwrite to discard it, or choose another OUT"
             )
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,10 +28,10 @@ from nvvl.export.engine_memory import available_memory, require_build_memory
 from nvvl.export.engine_process import BuiltEngine, run_build
 from nvvl.export.engine_targets import Builder, require_cache, require_targets
 from nvvl.export.engine_worker import BuildRequest, ShapeRange
-from nvvl.export.onnx_export import hash_file
 from nvvl.export.onnx_io import IO_NAME
 from nvvl.export.parts import layer_sizes
 from nvvl.export.shape_profile import Span, choose_spans, make_shape_profile
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
 

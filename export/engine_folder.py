@@ -9,7 +9,7 @@ from typing import Any
 
 from nvvl.errors import EngineError, HardwareError
 from nvvl.export.engine_targets import BUILDERS, Builder
-from nvvl.export.onnx_export import hash_file
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.staging import MANIFEST_NAME
 
 

@@ -17,8 +17,8 @@ from onnx import TensorProto
 
 from nvvl.errors import EngineError
 from nvvl.export.engine_targets import Precision
-from nvvl.export.onnx_export import hash_file
 from nvvl.export.onnx_io import IO_NAME, read_io
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.staging import MANIFEST_NAME
 
 # A dimension is a number, or the word of a dynamic one.

@@ -16,7 +16,6 @@ manifest records. The folder appears when it is complete. Nothing here runs a gr
 that they compute what the checkpoint does is `nvvl.export.onnx_parity`.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,7 @@ from nvvl.export.parts import layer_sizes, split_layers
 from nvvl.export.vision_fp8 import NUM_IMAGES, SCALES_NAME, find_scales, use_scales
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.side_files import copied_files
 from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
@@ -57,8 +57,6 @@ _NOT_COMPUTED = (
 
 # Graphs, tokenizer and JSON files beside the weights.
 _SMALL_FILES_BYTES = 64 << 20
-
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,6 @@ def read_manifest(dest: Path) -> dict[str, Any]:
     if not is_known:
         raise EngineError(f"{path}: not the manifest of a folder of graphs; export again")
     return manifest
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file of any size in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_HASH_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _write_graphs(

@@ -26,13 +26,14 @@ from torch import Tensor
 from nvvl.errors import ConfigError, EngineError, NvvlError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import default_probe_items
-from nvvl.export.onnx_export import file_faults, hash_file, read_manifest
+from nvvl.export.onnx_export import file_faults, read_manifest
 from nvvl.export.onnx_io import read_io
 from nvvl.export.onnx_language import BACKBONE
 from nvvl.export.onnx_session import GraphFolder, States, StepOutput
 from nvvl.export.onnx_ties import TieSettler
 from nvvl.export.vision_fp8 import quantize_vision
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.hashing import hash_file
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import ModelState, NemotronNanoVL
 from nvvl.quantize.linear import QuantizedLinear

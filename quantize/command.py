@@ -13,6 +13,7 @@ from nvvl.options import (
     CalibArgument,
     DeviceOption,
     JsonOption,
+    MemoryOption,
     ModelArgument,
     OverwriteOption,
     Preset,
@@ -50,14 +51,7 @@ def quantize(
         ),
     ] = None,
     device: DeviceOption = "auto",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Take no more memory in each process, e.g. 6GB; refused at once if that is too "
-            "little.",
-        ),
-    ] = None,
+    memory: MemoryOption = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvvl.errors import DataError
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
 
 ImageCondition = Literal["right", "blank", "other"]
@@ -188,9 +189,7 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".safetensors", ".json"):
             continue
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
+        digest.update(f"{path.name} {hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 

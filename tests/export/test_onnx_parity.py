@@ -25,12 +25,13 @@ from nvvl.calib_data.items import Item
 from nvvl.errors import CalibrationError, EngineError
 from nvvl.export import onnx_parity
 from nvvl.export.checks import Check
-from nvvl.export.onnx_export import export_onnx, hash_file
+from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_parity import TOLERANCE, prove_graphs, relative_error
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
 from nvvl.export.onnx_ties import TieSettler
 from nvvl.export.verify import verify
+from nvvl.model.hashing import hash_file
 from nvvl.model.prompt import Message
 from nvvl.quantize import fp8, nvfp4
 from nvvl.quantize.load import load_any

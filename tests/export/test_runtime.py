@@ -26,10 +26,11 @@ from nvvl.export.engine_folder import open_engine_folder
 from nvvl.export.engine_targets import TENSORRT
 from nvvl.export.graph_backend import GraphBackend
 from nvvl.export.graph_runner import GraphRunner
-from nvvl.export.onnx_export import export_onnx, hash_file
+from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
 from nvvl.export.runtime import EngineRunner
+from nvvl.model.hashing import hash_file
 from nvvl.model.processor import Message, Processor
 
 FAKE = Path(__file__).with_name("fake_tensorrt.py")

@@ -111,7 +111,7 @@ def fp8_quantize(w: torch.Tensor) -> Calls:
     def modelopt() -> Result:
         return (FP8QTensor.quantize(w, scales=scale)[0]._quantized_data,)
 
-    return {**ours(lambda: (fp8.quantize(w, scale),), variants=False), "ModelOpt": modelopt}
+    return {**ours(lambda: (fp8.quantize(w, scale),)), "ModelOpt": modelopt}
 
 
 def nvfp4_fake_quantize(x: torch.Tensor) -> Calls:
@@ -130,7 +130,7 @@ def fp8_fake_quantize(x: torch.Tensor) -> Calls:
     found = kernels.amax(x)
     scale = fp8.scale_from_amax(found)
     eager = {"ModelOpt eager": lambda: (fp8_eager(x, found),)}
-    return {**ours(lambda: (fp8.fake_quantize(x, scale),), variants=False), **eager}
+    return {**ours(lambda: (fp8.fake_quantize(x, scale),)), **eager}
 
 
 def ours(call: Callable[[], Result], *, variants: bool = True) -> Calls:

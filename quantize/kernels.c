@@ -1,8 +1,9 @@
 /* FP8 and NVFP4 kernels for CPUs, on contiguous tensors.
  *
- * amax and FP8 are plain C that compilers vectorize well. NVFP4 exists three times: `_portable`,
- * plain C here, and with intrinsics in kernels_avx2.h and kernels_avx512.h. All of it, and the plain
- * torch code in fp8.py and nvfp4.py, gives the same bits; only the payload of a NaN is left open.
+ * amax is plain C that compilers vectorize well. All else exists three times: `_portable`, plain C
+ * here, and with intrinsics in kernels_avx2.h and kernels_avx512.h (which leaves FP8 to the plain C).
+ * All of it, and the plain torch code in fp8.py and nvfp4.py, gives the same bits; only the payload
+ * of a NaN is left open.
  *
  * Compile with -ffp-contract=off and without -ffast-math: a fused multiply-add or a reciprocal in
  * place of a division changes codes at rounding ties.
@@ -212,18 +213,18 @@ INLINE float fp8_quotient(const void *x, int64_t i, float scale, enum dtype dtyp
     return dtype == BF16 ? float_of((uint32_t)bf16_of(quotient) << 16) : quotient;
 }
 
-INLINE void fp8_quantize(const void *x, uint8_t *out, int64_t count, float scale,
-                         enum dtype dtype) {
+INLINE void fp8_quantize_portable(const void *x, uint8_t *out, int64_t count, float scale,
+                                  enum dtype dtype) {
     for (int64_t i = 0; i < count; i++) out[i] = e4m3_of(fp8_quotient(x, i, scale, dtype));
 }
 
-INLINE void fp8_fake_quantize(const void *x, void *out, int64_t count, float scale,
-                              enum dtype dtype) {
+INLINE void fp8_fake_quantize_portable(const void *x, void *out, int64_t count, float scale,
+                                       enum dtype dtype) {
     for (int64_t i = 0; i < count; i++)
         store(out, i, e4m3_round(fp8_quotient(x, i, scale, dtype)) * scale, dtype);
 }
 
-INLINE void fp8_dequantize(const uint8_t *codes, void *out, int64_t count, float scale,
+INLINE void fp8_dequantize_portable(const uint8_t *codes, void *out, int64_t count, float scale,
                                     enum dtype dtype) {
     for (int64_t i = 0; i < count; i++) store(out, i, e4m3_value(codes[i]) * scale, dtype);
 }
@@ -241,7 +242,7 @@ INLINE void fp8_dequantize(const uint8_t *codes, void *out, int64_t count, float
 #include "kernels_avx512.h"
 #endif
 
-/* ---- exports: nvvl_<operation>_<dtype>, and for NVFP4 _<variant> ------------------------- */
+/* ---- exports: nvvl_<operation>_<dtype>, and but for amax _<variant> ---------------------- */
 
 /* Ask for 2 MiB pages in memory that was just allocated. Taking page faults in 4 KiB pages costs
  * more than the kernels themselves. Only advice, so a refusal is no error. */
@@ -273,29 +274,31 @@ INLINE int64_t share(int64_t units, int64_t threads) {
         WORK;                                                                                    \
     }
 
-#define EXPORT(NAME, DTYPE)                                                                      \
+#define EXPORT_AMAX(NAME, DTYPE)                                                                 \
     uint32_t nvvl_amax_##NAME(const void *x, int64_t units, int64_t threads) {                   \
         uint32_t bits = 0;                                                                       \
         ON_THREADS(reduction(max : bits),                                                        \
                    uint32_t found = amax_bits(at(x, start, DTYPE), part, DTYPE);                 \
                    bits = found > bits ? found : bits)                                           \
         return bits;                                                                             \
-    }                                                                                            \
-    void nvvl_fp8_quantize_##NAME(const void *x, uint8_t *out, int64_t units, float scale,       \
-                                  int64_t threads) {                                             \
-        ON_THREADS(, fp8_quantize(at(x, start, DTYPE), out + start, part, scale, DTYPE))         \
-    }                                                                                            \
-    void nvvl_fp8_fake_quantize_##NAME(const void *x, void *out, int64_t units, float scale,     \
-                                       int64_t threads) {                                        \
-        ON_THREADS(, fp8_fake_quantize(at(x, start, DTYPE), at_out(out, start, DTYPE), part,     \
-                                       scale, DTYPE))                                            \
-    }                                                                                            \
-    void nvvl_fp8_dequantize_##NAME(const uint8_t *codes, void *out, int64_t units, float scale, \
-                                    int64_t threads) {                                           \
-        ON_THREADS(, fp8_dequantize(codes + start, at_out(out, start, DTYPE), part, scale, DTYPE))\
     }
 
-#define EXPORT_NVFP4(NAME, DTYPE, VARIANT)                                                       \
+#define EXPORT(NAME, DTYPE, VARIANT)                                                             \
+    void nvvl_fp8_quantize_##NAME##_##VARIANT(const void *x, uint8_t *out, int64_t units,        \
+                                              float scale, int64_t threads) {                    \
+        ON_THREADS(, fp8_quantize_##VARIANT(at(x, start, DTYPE), out + start, part, scale,       \
+                                            DTYPE))                                              \
+    }                                                                                            \
+    void nvvl_fp8_fake_quantize_##NAME##_##VARIANT(const void *x, void *out, int64_t units,      \
+                                                   float scale, int64_t threads) {               \
+        ON_THREADS(, fp8_fake_quantize_##VARIANT(at(x, start, DTYPE), at_out(out, start, DTYPE), \
+                                                 part, scale, DTYPE))                            \
+    }                                                                                            \
+    void nvvl_fp8_dequantize_##NAME##_##VARIANT(const uint8_t *codes, void *out, int64_t units,  \
+                                                float scale, int64_t threads) {                  \
+        ON_THREADS(, fp8_dequantize_##VARIANT(codes + start, at_out(out, start, DTYPE), part,    \
+                                              scale, DTYPE))                                     \
+    }                                                                                            \
     void nvvl_nvfp4_quantize_##NAME##_##VARIANT(const void *x, uint8_t *packed,                  \
                                                 uint8_t *block_scale, int64_t units,             \
                                                 float tensor_scale, int64_t threads) {           \
@@ -318,15 +321,15 @@ INLINE int64_t share(int64_t units, int64_t threads) {
                                                 tensor_scale, DTYPE))                            \
     }
 
-EXPORT(bf16, BF16)
-EXPORT(f32, F32)
-EXPORT_NVFP4(bf16, BF16, portable)
-EXPORT_NVFP4(f32, F32, portable)
+EXPORT_AMAX(bf16, BF16)
+EXPORT_AMAX(f32, F32)
+EXPORT(bf16, BF16, portable)
+EXPORT(f32, F32, portable)
 #ifdef HAS_AVX2
-EXPORT_NVFP4(bf16, BF16, avx2)
-EXPORT_NVFP4(f32, F32, avx2)
+EXPORT(bf16, BF16, avx2)
+EXPORT(f32, F32, avx2)
 #endif
 #ifdef HAS_AVX512
-EXPORT_NVFP4(bf16, BF16, avx512)
-EXPORT_NVFP4(f32, F32, avx512)
+EXPORT(bf16, BF16, avx512)
+EXPORT(f32, F32, avx512)
 #endif

@@ -194,7 +194,7 @@ class Kernels:
     def _function(
         self, name: str, dtype: torch.dtype, argtypes: tuple[type, ...]
     ) -> "ctypes._NamedFuncPointer":
-        variant = f"_{self.variant}" if name.startswith("nvfp4") else ""
+        variant = "" if name == "amax" else f"_{self.variant}"
         function = self._library[f"nvvl_{name}_{_DTYPES[dtype]}{variant}"]
         function.argtypes = argtypes
         return function

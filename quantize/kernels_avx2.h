@@ -1,6 +1,6 @@
-/* NVFP4 kernels with AVX2 intrinsics, 8 blocks at a time; part of kernels.c.
+/* FP8 and NVFP4 kernels with AVX2 intrinsics; part of kernels.c.
  *
- * A block is two vectors of 8 floats. The steps are those of kernels_avx512.h, except that codes
+ * NVFP4 takes 8 blocks at a time. A block is two vectors of 8 floats. The steps are those of kernels_avx512.h, except that codes
  * come from comparisons of bytes: AVX2 has no table of 128 of them.
  */
 
@@ -196,3 +196,91 @@ INLINE void nvfp4_dequantize_avx2(const uint8_t *packed, const uint8_t *block_sc
                     _mm256_mul_ps(_mm256_mul_ps(high, half), step), dtype);
     }
 }
+
+/* ---- FP8, 32 bf16 elements at a time. Their quotients are bf16 too, so all that follows the
+ * division is done in 16-bit lanes, with a block's middle quarters swapped as packing left them. */
+
+/* bf16 quotients of 16 elements. */
+INLINE __m256i fp8_quotients16(const uint16_t *x, __m256 scale) {
+    __m256 low = _mm256_div_ps(load8(x, 0, BF16), scale);
+    __m256 high = _mm256_div_ps(load8(x, 8, BF16), scale);
+    return _mm256_packus_epi32(to_bf16_8(low), to_bf16_8(high));
+}
+
+INLINE __m256i magnitudes16(__m256i quotients) {
+    return _mm256_and_si256(quotients, _mm256_set1_epi16(0x7fff));
+}
+
+/* Where a magnitude is NaN, or between 2^-10 and 2^-6 and so becomes a subnormal of E4M3. */
+INLINE __m256i is_unusual16(__m256i magnitude) {
+    __m256i above = _mm256_sub_epi16(magnitude, _mm256_set1_epi16(0x3a81));
+    __m256i small = _mm256_cmpeq_epi16(_mm256_min_epu16(above, _mm256_set1_epi16(0x1fe)), above);
+    return _mm256_or_si256(small, _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f80)));
+}
+
+/* Other magnitudes saturated and rounded to E4M3's 3 mantissa bits: bf16's bits, shifted right by
+ * 4. What does not exceed E4M3_STEPS_BIAS, E4M3's zero, is 0. */
+INLINE __m256i e4m3_steps16(__m256i magnitude) {
+    __m256i clamped = _mm256_min_epu16(magnitude, _mm256_set1_epi16(E4M3_MAX_BITS >> 16));
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi16(clamped, 4), _mm256_set1_epi16(1));
+    clamped = _mm256_add_epi16(_mm256_add_epi16(clamped, _mm256_set1_epi16(7)), odd);
+    return _mm256_srli_epi16(clamped, 4);
+}
+
+#define E4M3_STEPS_BIAS ((127 - 7) << 3)
+
+/* Whether the kernels below can divide by it. */
+INLINE int is_finite_scale(float scale) { return scale >= 0 && bits_of(scale) < INF_BITS; }
+
+INLINE void fp8_quantize_avx2(const void *x, uint8_t *out, int64_t count, float scale,
+                              enum dtype dtype) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes the packing */
+    const __m256i bias = _mm256_set1_epi16(E4M3_STEPS_BIAS);
+    int64_t i = 0;
+    for (; dtype == BF16 && is_finite_scale(scale) && i + 32 <= count; i += 32) {
+        const uint16_t *in = (const uint16_t *)x + i;
+        __m256i q0 = fp8_quotients16(in, _mm256_set1_ps(scale));
+        __m256i q1 = fp8_quotients16(in + 16, _mm256_set1_ps(scale));
+        __m256i m0 = magnitudes16(q0), m1 = magnitudes16(q1);
+        __m256i unusual = _mm256_or_si256(is_unusual16(m0), is_unusual16(m1));
+        if (!_mm256_testz_si256(unusual, unusual)) {
+            fp8_quantize_portable(in, out + i, 32, scale, dtype);
+            continue;
+        }
+        __m256i codes = _mm256_packus_epi16(_mm256_subs_epu16(e4m3_steps16(m0), bias),
+                                            _mm256_subs_epu16(e4m3_steps16(m1), bias));
+        __m256i signs = _mm256_and_si256(_mm256_packs_epi16(q0, q1), _mm256_set1_epi8(-128));
+        codes = _mm256_permutevar8x32_epi32(_mm256_or_si256(codes, signs), order);
+        _mm256_storeu_si256((void *)(out + i), codes);
+    }
+    fp8_quantize_portable(at(x, i, dtype), out + i, count - i, scale, dtype);
+}
+
+/* The quotients of 16 elements at E4M3's precision times the scale, stored. */
+INLINE void fp8_store16(void *out, int64_t i, __m256i quotients, __m256i magnitude, float scale) {
+    __m256i steps = e4m3_steps16(magnitude), zero = _mm256_setzero_si256();
+    __m256i shown = _mm256_cmpgt_epi16(steps, _mm256_set1_epi16(E4M3_STEPS_BIAS));
+    __m256i bits = _mm256_slli_epi16(_mm256_and_si256(steps, shown), 4);
+    bits = _mm256_or_si256(bits, _mm256_and_si256(quotients, _mm256_set1_epi16(-0x8000)));
+    __m256 low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, bits));
+    __m256 high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, bits));
+    __m256 factor = _mm256_set1_ps(scale);
+    store_block(out, i, _mm256_mul_ps(low, factor), _mm256_mul_ps(high, factor), BF16);
+}
+
+INLINE void fp8_fake_quantize_avx2(const void *x, void *out, int64_t count, float scale,
+                                   enum dtype dtype) {
+    int64_t i = 0;
+    for (; dtype == BF16 && is_finite_scale(scale) && i + 16 <= count; i += 16) {
+        const uint16_t *in = (const uint16_t *)x + i;
+        __m256i quotients = fp8_quotients16(in, _mm256_set1_ps(scale));
+        __m256i magnitude = magnitudes16(quotients), unusual = is_unusual16(magnitude);
+        if (_mm256_testz_si256(unusual, unusual))
+            fp8_store16(out, i, quotients, magnitude, scale);
+        else
+            fp8_fake_quantize_portable(in, at_out(out, i, dtype), 16, scale, dtype);
+    }
+    fp8_fake_quantize_portable(at(x, i, dtype), at_out(out, i, dtype), count - i, scale, dtype);
+}
+
+#define fp8_dequantize_avx2 fp8_dequantize_portable

@@ -173,3 +173,9 @@ INLINE void nvfp4_dequantize_avx512(const uint8_t *packed, const uint8_t *block_
         store16(out, b * BLOCK, _mm512_mul_ps(_mm512_permutexvar_ps(codes, values), step), dtype);
     }
 }
+
+/* ---- FP8: the compiler's vectors of the portable code are as fast */
+
+#define fp8_quantize_avx512 fp8_quantize_portable
+#define fp8_fake_quantize_avx512 fp8_fake_quantize_portable
+#define fp8_dequantize_avx512 fp8_dequantize_portable

@@ -7,6 +7,7 @@ keeps its traceback. Results go to stdout, progress to stderr.
 """
 
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -98,9 +99,12 @@ def path(model: ModelArgument) -> None:
 
 def main() -> None:
     """Run ``nvvl``."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no UTF-8; stderr escapes it so
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="nvvl")
 
 
 def quantize_main() -> None:
     """Run ``nvvl-quantize``, the same as ``nvvl quantize``."""
-    app(["quantize", *sys.argv[1:]], prog_name="nvvl")
+    sys.argv.insert(1, "quantize")  # a manifest records the command line
+    main()

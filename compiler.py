@@ -70,17 +70,18 @@ def _cache_folder() -> Path:
 def _digest(source: Path) -> str:
     headers = sorted(source.parent.glob(f"{source.stem}*.h"))
     texts = [path.read_bytes() for path in (source, *headers)]
-    parts = (repr(_FLAG_SETS), _processor(), nvvl.__version__)
+    parts = (repr(_FLAG_SETS), describe_cpu(), nvvl.__version__)
     joined = b"\0".join([*texts, *(part.encode() for part in parts)])
     return hashlib.sha256(joined).hexdigest()[:16]
 
 
-def _processor() -> str:
+def describe_cpu() -> str:
     """Describe what -march=native depends on: architecture, model and instruction sets."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({x for x in lines if x.startswith(wanted)}))
+    found = {line for line in lines if line.startswith(wanted)}
+    return "\n".join([platform.machine(), *sorted(found)])
 
 
 def _compile(source: Path, path: Path) -> None:

@@ -15,14 +15,12 @@ EXIT_CHECK_FAILED = 1
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or the word: embedded.")
 ]
-CalibArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SET", help="The word: default, a built set, a folder of images, or a JSONL file."
-    ),
-]
+SET_HELP = "The word: default, a built set, a folder of images, or a JSONL file."
+CalibArgument = Annotated[str, typer.Argument(metavar="SET", help=SET_HELP)]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of generated items.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Which items are generated, or which of your own are taken.")
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -4,8 +4,9 @@ Items are made one after the other and stored at once. What cannot be used, is l
 limit, or is there already is left out, counted and named in the manifest, and the source's next
 item takes its place; a source that runs out before its count is an error. Nothing is ever cut.
 
-Before the folder gets its name, its items are compared with the items of evaluation suites, which
-other processes draw while the items are made.
+Every source is listed before anything is made, so that a missing file is named at once. Before the
+folder gets its name, its items are compared with the items of evaluation suites, which other
+processes draw while the items are made.
 """
 
 import importlib.metadata
@@ -38,7 +39,7 @@ from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
 from nvvl.calib_data.source_spec import Documents, Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
-from nvvl.errors import DataError, OutputError
+from nvvl.errors import DataError, OutputError, writing
 from nvvl.model.processor import Processor
 
 Progress = Callable[[str, int, int], None]
@@ -103,13 +104,14 @@ def build_set(
     Raises:
         DataError: if a source or an item cannot be used, a source has too few items, or items
             overlap with a suite.
-        OutputError: if ``out`` exists and is not to be replaced.
+        OutputError: if ``out`` exists and is not to be replaced, or cannot be written; a finished
+            set that only did not get its name is kept, and the error says where.
     """
-    with _staged(out, overwrite=overwrite) as folder, _suite_prints(suites, jobs) as theirs:
+    with _staged(out, overwrite=overwrite) as folder:
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
-        for source in spec.sources:
-            builder.add(source)
-        overlaps = _check_overlaps(builder.prints, theirs, len(suites), allow_overlap, progress)
+        with _suite_prints(suites, jobs) as theirs:
+            builder.add_all()
+            overlaps = _check_overlaps(builder.prints, theirs, len(suites), allow_overlap, progress)
         write_table(builder.rows, folder)
         builder.sheet.save(folder / SHEET)
         manifest: dict[str, Any] = {
@@ -128,7 +130,7 @@ def build_set(
 
 
 class _Builder:
-    """Gathers the items of one set after another source."""
+    """Gathers the items of one set, one source after the other."""
 
     def __init__(
         self,
@@ -139,26 +141,36 @@ class _Builder:
         skip_bad: bool,
         progress: Progress | None,
     ) -> None:
+        """List every source.
+
+        Raises:
+            DataError: if one of them cannot be listed.
+        """
         self.rows: list[Row] = []
         self.records: list[SourceRecord] = []
         self.prints = Fingerprints()
         self.sheet = SheetMaker()
         self._spec = spec
         self._folder = folder
-        self._base = base
         self._processor = processor
         self._skip_bad = skip_bad
         self._progress = progress
         self._hashes: dict[str, str] = {}
+        self._listed = [_list(source, spec.seed, base) for source in spec.sources]
 
-    def add(self, source: Source) -> None:
+    def add_all(self) -> None:
+        """Take the items of every source."""
+        for source, candidates in zip(self._spec.sources, self._listed, strict=True):
+            self._add(source, candidates)
+
+    def _add(self, source: Source, candidates: Iterator[Candidate]) -> None:
         """Take the items of a source, in the order the source has them."""
         record = SourceRecord(name=source.name, kind=source.kind)
         self.records.append(record)
         taken: list[tuple[int, Row]] = []
         ids: set[str] = set()
         num_left_out = 0
-        for place, candidate in self._candidates(source):
+        for place, candidate in _named(source, candidates):
             try:
                 item = finish_item(source, candidate.load())
                 if item.item_id in ids:
@@ -180,12 +192,6 @@ class _Builder:
         _require_enough(source, record, len(taken))
         record.num_items = len(taken)
         self.rows += [row for _, row in sorted(taken, key=lambda pair: pair[0])]
-
-    def _candidates(self, source: Source) -> Iterator[Candidate]:
-        try:
-            yield from list_candidates(source, seed=self._spec.seed, base=self._base)
-        except DataError as error:
-            raise DataError(f"{source.name}: {error}") from None
 
     def _make_row(self, source: Source, item: Item, record: SourceRecord) -> Row | None:
         """Store an item; None if it is too long, or there already."""
@@ -213,6 +219,21 @@ class _Builder:
     def _report(self, source: Source, num_taken: int) -> None:
         if self._progress is not None:
             self._progress(source.name, num_taken, max(source.count or 0, num_taken))
+
+
+def _list(source: Source, seed: int, base: Path) -> Iterator[Candidate]:
+    try:
+        return list_candidates(source, seed=seed, base=base)
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from None
+
+
+def _named(source: Source, candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+    """Name the source in what goes wrong while a stream is read."""
+    try:
+        yield from candidates
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from None
 
 
 def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> None:
@@ -270,25 +291,56 @@ def _prints_of(items: Callable[[], Iterable[Item]]) -> Fingerprints:
 @contextmanager
 def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to write in, which becomes ``out`` when everything is written."""
-    if out.exists() and not (overwrite and is_built(out)):
-        way_out = "it is no calibration set" if overwrite else "name another, or say --overwrite"
-        raise OutputError(f"{out}: exists; {way_out}")
+    _require_free(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise OutputError(f"{out}: cannot be made ({error.strerror})") from None
     try:
-        folder.chmod(0o755)
-        yield folder
+        with writing(out):
+            folder.chmod(0o755)
+            yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _replace(out, folder, overwrite=overwrite)
+
+
+def _require_free(out: Path, *, overwrite: bool) -> None:
+    with writing(out):
+        if not out.exists() and not out.is_symlink():
+            return
+        if not overwrite:
+            raise OutputError(f"{out}: exists; name another, or say --overwrite")
+        if out.is_symlink() or not is_built(out):
+            raise OutputError(f"{out}: exists; it is no calibration set, or a link; name another")
+
+
+def _replace(out: Path, folder: Path, *, overwrite: bool) -> None:
+    """Give a finished folder the name ``out``; what stands there is removed after that."""
+    kept = f"the finished set is kept as {folder}"
+    try:
+        _require_free(out, overwrite=overwrite)
+    except OutputError as error:  # made by somebody else meanwhile
+        raise OutputError(f"{error}; {kept}") from None
+    old = folder.with_name(f"{folder.name}.old")
+    try:
         if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
+        raise OutputError(
+            f"{out}: the finished set cannot get this name ({error.strerror}); {kept}"
+        ) from error
+    if old.exists():
+        with writing(old):
+            shutil.rmtree(old)
 
 
 def _versions() -> dict[str, str]:

@@ -92,10 +92,13 @@ def write_table(rows: Sequence[Row], folder: Path) -> None:
 
 
 def write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
-    """Write the manifest, with the hash of the table and the contact sheet."""
+    """Write the manifest, with the hash of the table and the contact sheet.
+
+    What of a file name is no UTF-8, a lone surrogate in Python, is escaped as JSON does it.
+    """
     files = {name: hash_file(folder / name) for name in (TABLE, SHEET)}
-    text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_bytes(text.encode(errors="backslashreplace"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _REMOTE = ("https://", "http://", "hf://", "s3://", "gs://")
 
 
 def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
-    """Stream the rows of a dataset as items, as long as there are any.
+    """Open a dataset, and stream its rows as items, as long as there are any.
 
     Args:
         source: Which dataset, and what its columns mean.
@@ -41,7 +41,10 @@ def hub_items(source: Hub, *, seed: int, base: Path) -> Iterator[ItemSource]:
         DataError: naming the dataset, if it does not exist or cannot be reached, or a column is
             missing.
     """
-    rows = _stream(source, seed, base)
+    return _row_items(source, _stream(source, seed, base))
+
+
+def _row_items(source: Hub, rows: Iterator[Mapping[str, Any]]) -> Iterator[ItemSource]:
     for number in count():
         try:
             row = next(rows, None)

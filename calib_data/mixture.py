@@ -43,7 +43,8 @@ def list_candidates(source: Source, *, seed: int, base: Path) -> Iterator[Candid
         base: Folder that paths of the spec are relative to.
 
     Raises:
-        DataError: if a file, folder or dataset is missing or cannot be read.
+        DataError: if a file, folder or dataset is missing or cannot be read; of a stream, what is
+            behind its beginning is met when it is read.
     """
     seed = seed if source.seed is None else source.seed
     listed = _list(source, seed, base)
@@ -56,13 +57,17 @@ def list_candidates(source: Source, *, seed: int, base: Path) -> Iterator[Candid
 
 
 def finish_item(source: Source, item: Item) -> Item:
-    """Give an item of a source its place in the set: id, domain, and the last answer or not."""
+    """Give an item of a source its place in the set: id, domain, and the last answer or not.
+
+    What of a file name is no UTF-8 is escaped, for tables hold text.
+    """
+    item_id = f"{source.name}/{item.item_id}".encode(errors="backslashreplace").decode()
     messages = item.messages
     if not source.answers and messages[-1].role == "assistant":
         messages = messages[:-1]
     return replace(
         item,
-        item_id=f"{source.name}/{item.item_id}",
+        item_id=item_id,
         messages=messages,
         domain=source.domain or item.domain or source.name,
     )

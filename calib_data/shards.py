@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ _IMAGES_PER_ITEM = 2
 
 
 def shard_items(source: Shards, *, base: Path) -> Iterator[ItemSource]:
-    """List the conversations of a subset in the order of its images.
+    """Find the shards of a subset, and list its conversations in the order of its images.
 
     Args:
         source: Which data set and subset.
@@ -48,16 +49,30 @@ def shard_items(source: Shards, *, base: Path) -> Iterator[ItemSource]:
         root = f"hf://datasets/{source.dataset}{version}"
     folder = f"{root}/{source.subset}"
     where = f"dataset {source.dataset} {source.subset}"
-    try:
+    with _reading(where):
         system, path = fsspec.core.url_to_fs(folder)
         shards = sorted(system.glob(f"{path}/media/*.tar"))[source.first_shard :]
-        if not shards:
-            raise DataError(f"{where}: required shards in {folder}/media, found none")
-        images = _images(system, shards)
-        bad: set[int] = set()
-        while pool := _take(images, _IMAGES_PER_ITEM * (source.count or 1)):
-            with system.open(f"{path}/{source.subset}.jsonl", "rb") as lines:
+    if not shards:
+        raise DataError(f"{where}: required shards in {folder}/media, found none")
+    pool_size = _IMAGES_PER_ITEM * (source.count or 1)
+    return _conversations(system, shards, f"{path}/{source.subset}.jsonl", pool_size, where)
+
+
+def _conversations(
+    system: Any, shards: list[str], table: str, pool_size: int, where: str
+) -> Iterator[ItemSource]:
+    images = _images(system, shards)
+    bad: set[int] = set()
+    with _reading(where):
+        while pool := _take(images, pool_size):
+            with system.open(table, "rb") as lines:
                 yield from _match(lines, pool, where, bad)
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # whatever the network, the Hub or a damaged archive raises

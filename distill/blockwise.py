@@ -29,10 +29,11 @@ from nvvl.distill.data import DistillData, pack_lengths
 from nvvl.distill.embed import embed_items
 from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.teacher import run_identity
-from nvvl.distill.train import Execution, Progress
-from nvvl.distill.train_folder import LOG_NAME, TrainFolder
-from nvvl.distill.write import write_bf16, write_quantized
+from nvvl.distill.split import find_groups
+from nvvl.distill.teacher import check_run, run_identity
+from nvvl.distill.train import Execution, Progress, warn_about_rate
+from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hold_train_folder
+from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
@@ -43,13 +44,13 @@ from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
+from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.side_files import RECIPE_NAME
-from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import LAYERS, list_linears, quantized_only
 
 
@@ -61,16 +62,19 @@ class LayerResult:
         layer: Its name.
         start_error: Relative squared error of its output on held-out items, before.
         error: After, of the weights that were kept.
+        trained: Whether it was trained; one without quantized linears only passes on what the
+            layers before it give.
     """
 
     layer: str
     start_error: float
     error: float
+    trained: bool = True
 
 
 @dataclass(frozen=True)
 class BlockwiseResult:
-    """What came out: the manifest, the folder of trained BF16 weights, and each trained layer."""
+    """What came out: the manifest, the folder of trained BF16 weights, and each layer."""
 
     manifest: Manifest
     bf16: Path
@@ -106,27 +110,37 @@ def distill_blockwise(
     processes = how.processes or Processes(how.device)
     with processes.agreed():
         _require_alone(recipe, how, processes)
+    warn_about_rate(recipe)
     out = out.absolute()
-    bf16 = out.with_name(f"{out.name}.bf16")
-    identity = run_identity(run, teacher, recipe, items, seed)
-    with (
-        staged_folder(out, source=run, overwrite=how.overwrite) as out_partial,
-        staged_folder(bf16, source=teacher, overwrite=how.overwrite) as bf16_partial,
-    ):
-        kept = _KeptLayers(out.with_name(f"{out.name}.train"), identity, overwrite=how.overwrite)
-        walk = _Walk(run, teacher, recipe, items, seed, torch.device(how.device))
-        layers = walk.run(kept, how.progress)
-        record = identity | {"layers": [vars(layer) for layer in layers]}
-        lines = "".join(f"{json.dumps(vars(layer))}\n" for layer in layers)
-        with writing(out_partial):
-            (out_partial / f"distill_{LOG_NAME}").write_text(lines, encoding="utf-8")
-        weights = kept.weights()
-        write_bf16(teacher, bf16_partial, weights, distillation=record, command=how.command)
-        manifest = write_quantized(
-            bf16_partial, run, out_partial, walk.amaxes, distillation=record, command=how.command
-        )
-    kept.discard()
-    return BlockwiseResult(manifest, bf16, tuple(layers))
+    with hold_train_folder(out) as folder:
+        with staged_outputs(out, sources=[run, teacher], overwrite=how.overwrite) as staged:
+            quantized, trained = staged
+            check_run(run, teacher)
+            device = torch.device(how.device)
+            data = DistillData(
+                items.items,
+                Processor.from_folder(teacher),
+                recipe,
+                seed=seed,
+                groups=find_groups(items),
+            )
+            identity = run_identity(run, teacher, recipe, items, data.validation, seed)
+            kept = _KeptLayers(
+                folder, identity | describe_arithmetic(device), overwrite=how.overwrite
+            )
+            walk = _Walk(run, teacher, recipe, data, seed, device)
+            layers = walk.run(kept, how.progress)
+            record = identity | {"layers": [vars(layer) for layer in layers]}
+            lines = "".join(f"{json.dumps(vars(layer))}\n" for layer in layers)
+            with writing(quantized):
+                (quantized / f"distill_{LOG_NAME}").write_text(lines, encoding="utf-8")
+            weights = kept.weights()
+            write_bf16(teacher, trained, weights, distillation=record, command=how.command)
+            manifest = write_quantized(
+                trained, run, quantized, walk.amaxes, distillation=record, command=how.command
+            )
+        kept.discard()
+    return BlockwiseResult(manifest, bf16_folder(out), tuple(layers))
 
 
 def _require_alone(recipe: DistillRecipe, how: Execution, processes: Processes) -> None:
@@ -151,7 +165,7 @@ class _Walk:
         run: Path,
         teacher: Path,
         recipe: DistillRecipe,
-        items: CalibrationSet,
+        data: DistillData,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -170,9 +184,8 @@ class _Walk:
         self._seed = seed
         with torch.device("meta"):
             self._model = LanguageModel(self._checkpoint.config.language)
-        data = DistillData(items.items, Processor.from_folder(teacher), recipe, seed=seed)
         self._training, self._validation = data.training, data.validation
-        inputs = (data.inputs(index) for index in range(len(items.items)))
+        inputs = (data.inputs(index) for index in range(len(data)))
         self._teacher = embed_items(self._checkpoint, inputs, self._device)
         self._student = list(self._teacher)
 
@@ -196,7 +209,8 @@ class _Walk:
                 result, student = self._train(name, student, formats)
                 kept.add(result, student.masters)
             else:
-                result = LayerResult(name, 0.0, 0.0)
+                error = self._error(student)
+                result = LayerResult(name, error, error, trained=False)
             self._advance(self._student, student.layer)
             results.append(result)
             if progress is not None:

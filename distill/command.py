@@ -10,6 +10,7 @@ import typer
 
 from nvvl.distill.recipe import LossTokens
 from nvvl.options import (
+    SET_HELP,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from nvvl.distill.recipe import DistillRecipe
     from nvvl.distill.train import DistillResult
 
-DataOption = Annotated[
-    str, typer.Option(metavar="SET", help="Items: default, a folder of images, or a JSONL file.")
-]
+DataOption = Annotated[str, typer.Option(metavar="SET", help=SET_HELP)]
 DistillRecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -221,11 +220,12 @@ def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_jso
             f"{result.best_step}, which is written"
         )
     else:
-        better = [layer for layer in result.layers if layer.error < layer.start_error]
-        last = result.layers[-1]
+        trained = [layer for layer in result.layers if layer.trained]
+        better = [layer for layer in trained if layer.error < layer.start_error]
+        last = trained[-1]
         values = {"layers": [vars(layer) for layer in result.layers]}
         text = (
-            f"{len(better)} of {len(result.layers)} layers are nearer to BF16; error of the last "
+            f"{len(better)} of {len(trained)} trained layers are nearer to BF16; error of the last "
             f"{last.start_error:.2e} before its training, {last.error:.2e} after"
         )
     if as_json:

@@ -11,7 +11,7 @@ how many items a step has. Several processes share a step's items.
 Shapes: T tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nvvl.calib_data.items import Item
 from nvvl.distill.recipe import DistillRecipe, LossTokens
+from nvvl.distill.split import permutation, split_items
 from nvvl.errors import DataError
 from nvvl.model.processor import ModelInputs, Processor
 
@@ -65,6 +66,7 @@ class DistillData:
         recipe: DistillRecipe,
         *,
         seed: int,
+        groups: Iterable[Sequence[int]] = (),
         share: tuple[int, int] = (0, 1),
         check: Callable[[Item], None] | None = None,
     ) -> None:
@@ -75,11 +77,13 @@ class DistillData:
             processor: The model's.
             recipe: Gives sizes and which tokens count.
             seed: Of the split and of the order.
+            groups: Items that have to be on one side of the split (`find_groups`).
             share: Index of this process, and how many there are: it takes every n-th item.
             check: Refuses an item that must not be used.
 
         Raises:
-            DataError: if nothing is left to train on, or a process would have no item.
+            DataError: if nothing is left to train on or to validate, or a process would have no
+                item.
         """
         if len(items) <= recipe.num_validation_items:
             raise DataError(
@@ -87,19 +91,22 @@ class DistillData:
                 "are kept for validation, so none is left to train on; give more items, or lower "
                 "num_validation_items in the recipe"
             )
-        fewest = min(recipe.items_per_step, recipe.num_validation_items)
+        self.training, self.validation = split_items(len(items), recipe, seed=seed, groups=groups)
+        fewest = min(recipe.items_per_step, len(self.validation))
         if fewest < share[1]:
             raise DataError(
                 f"distillation: {share[1]} processes share the items of a step, and the recipe has "
                 f"{fewest}; raise items_per_step and num_validation_items, or start fewer"
             )
-        self.training, self.validation = split_items(len(items), recipe, seed=seed)
         self._items = items
         self._processor = processor
         self._recipe = recipe
         self._seed = seed
         self._share = share
         self._check = check
+
+    def __len__(self) -> int:
+        return len(self._items)
 
     def training_batches(self, step: int) -> list[ItemBatch]:
         """Return this process's batches of one optimizer step, counted from 0.
@@ -126,7 +133,7 @@ class DistillData:
 
     def _index_at(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.training))
-        return self.training[_permutation(len(self.training), self._seed, epoch)[offset]]
+        return self.training[permutation(len(self.training), self._seed, epoch)[offset]]
 
     def pack(self, indices: Sequence[int]) -> list[ItemBatch]:
         """Return items of the set in batches.
@@ -165,13 +172,6 @@ class DistillData:
                 'loss_tokens = "text"'
             )
         return item.item_id, inputs, mask
-
-
-def split_items(num_items: int, recipe: DistillRecipe, *, seed: int) -> tuple[list[int], list[int]]:
-    """Return the indices of the items that are trained on, and of those that are held out."""
-    order = _permutation(num_items, seed, -1)
-    num_held_out = recipe.num_validation_items
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
 def loss_mask(inputs: ModelInputs, tokens: LossTokens, *, image_token_id: int) -> Tensor:
@@ -214,9 +214,3 @@ def pack_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
         rows[row].append(index)
         room[row] -= lengths[index]
     return rows
-
-
-def _permutation(size: int, seed: int, epoch: int) -> list[int]:
-    # torch's generator on the CPU gives the same permutation on every machine
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + 1) % 2**31)
-    return torch.randperm(size, generator=generator).tolist()

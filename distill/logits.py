@@ -180,6 +180,11 @@ def require_logits_suffice(recipe: DistillRecipe) -> None:
     Raises:
         RecipeError: naming the key.
     """
+    if recipe.method != "whole":
+        raise RecipeError(
+            f'method: stored logits serve "whole" alone, got "{recipe.method}", which compares '
+            "layers; train without --logits"
+        )
     if recipe.loss != "kl":
         raise RecipeError(
             f'loss: stored logits serve "kl" alone, got "{recipe.loss}"; give a recipe with that '

@@ -149,16 +149,6 @@ class Optimizer:
                 self._adam.state[master] = {"step": step, **moments}
             if self.average:
                 self.average[name].copy_(part("average"))
-        self._load_amaxes(tensors)
-
-    @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put what `weights` gave into the student."""
-        for name, master in self._student.masters.items():
-            master.copy_(to_slice(tensors[name], self._student.parameter(name)))
-        self._load_amaxes(tensors)
-
-    def _load_amaxes(self, tensors: Mapping[str, Tensor]) -> None:
         for fqn, amax in self._student.amaxes.items():
             amax.copy_(tensors[f"{INPUT_AMAX}{fqn}"])
         self._student.refresh()

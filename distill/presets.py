@@ -20,7 +20,7 @@ from nvvl.quantize.recipe import near_names
 
 def qad_nvfp4() -> DistillRecipe:
     """Return the published settings for a full-size model."""
-    return DistillRecipe(name="qad_nvfp4", learning_rate=2e-6, recompute=True, keep_best=3)
+    return DistillRecipe(name="qad_nvfp4", learning_rate=2e-6, recompute=True)
 
 
 def qad_nvfp4_embedded() -> DistillRecipe:
@@ -29,7 +29,6 @@ def qad_nvfp4_embedded() -> DistillRecipe:
         qad_nvfp4(),
         name="qad_nvfp4_embedded",
         recompute=False,
-        keep_best=1,
         learning_rate=2e-4,
         safe_learning_rate=1e-3,
         loss="mse",

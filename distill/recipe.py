@@ -28,17 +28,21 @@ _POSITIVE = (
     "tokens_per_batch",
     "num_validation_items",
     "validate_every",
-    "keep_best",
 )
 # What only the training of the whole model has.
-_OF_LOGITS = (
+_OF_WHOLE = (
     "loss",
+    "loss_tokens",
     "layer_loss",
     "recalibrate_inputs",
     "video_pruning_rate",
+    "scale_learning_rate",
+    "beta2",
     "weight_decay",
+    "max_grad_norm",
     "ema_decay",
     "recompute",
+    "validate_every",
 )
 _SWITCHES = ("recalibrate_inputs", "recompute")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -86,9 +90,9 @@ class DistillRecipe:
             that needs, and their gradients add up. An item that alone is longer runs alone.
         recompute: Whether the activations inside a layer are computed again in the backward pass
             in place of being kept.
-        num_validation_items: Items kept out of training, on which the outcome is chosen.
+        num_validation_items: Items kept out of training, on which the outcome is chosen; fewer
+            where items share a picture or a text and so must stay together.
         validate_every: Steps between validations; the state is saved then.
-        keep_best: How many of the best validated weights are kept.
     """
 
     name: str
@@ -113,7 +117,6 @@ class DistillRecipe:
     recompute: bool = False
     num_validation_items: int = 128
     validate_every: int = 50
-    keep_best: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -203,7 +206,7 @@ class DistillRecipe:
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in _OF_LOGITS and value != field.default:
+            if field.name in _OF_WHOLE and value != field.default:
                 raise RecipeError(
                     f'{field.name}: has no meaning with method "layers", got {value!r}'
                 )

@@ -28,6 +28,7 @@ from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.rotation import best_gains, expected_harm, learn_rotation
 from nvvl.distill.sensitivity import Sensitivity, measure_sensitivity, norm_key, values_key
+from nvvl.distill.split import find_groups
 from nvvl.distill.teacher import teacher_digest
 from nvvl.distill.train import Progress
 from nvvl.distill.turn import Turn, TurnedWeights
@@ -86,7 +87,8 @@ def rotate(
         source: A BF16 checkpoint.
         out: The folder to make.
         items: What to learn from, and to compare on.
-        num_held_out: Items that are kept for the comparison.
+        num_held_out: Items that are kept for the comparison; fewer where items share a picture or
+            a text and so must stay together.
         num_steps: Of gradient descent over each rotation.
         loss_tokens: Positions that count: ``answers``, or all ``text``.
         seed: Of the split and of the tokens that are drawn.
@@ -120,7 +122,13 @@ def rotate(
         _require_blocks(checkpoint.config)
         device = torch.device(device)
         model = load_model(source, device=device)
-        data = DistillData(items.items, Processor.from_folder(source), recipe, seed=seed)
+        data = DistillData(
+            items.items,
+            Processor.from_folder(source),
+            recipe,
+            seed=seed,
+            groups=find_groups(items),
+        )
         prepare = Preparer(model, recipe, device=device)
         sensitivities = measure_sensitivity(model, _prepared(data, prepare, report), seed=seed)
         turn, harm = learn_turn(model, sensitivities, num_steps=num_steps, progress=report)
@@ -137,7 +145,7 @@ def rotate(
         expected = _answer(model, data, prepare)
         del model, prepare  # the rotated one takes its place
         kl = _compare(expected, folder, data, recipe, device)
-    return RotateResult(harm, kl, len(data.training), num_held_out)
+    return RotateResult(harm, kl, len(data.training), len(data.validation))
 
 
 def learn_turn(

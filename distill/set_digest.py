@@ -1,8 +1,8 @@
 """What a set of items holds, in one hash, so that a run is not gone on with on other data.
 
-Drawing or reading every item of a long training would take long. So the items that are validated
-are hashed whole, the others by the files they come from: a JSONL file and the manifest of a built
-set, which has the hash of each item, by content, pictures and videos in a folder by name and size.
+Drawing every item of a long training would take long. So the items that are validated are hashed
+whole, the others by the files they come from: a JSONL file and the manifest of a built set, which
+has the hash of each item, by content, pictures and videos in a folder by name and size.
 Generated items follow from their number, the seed and the version of nvvl.
 """
 
@@ -28,13 +28,11 @@ def digest_set(items: CalibrationSet, validation: Sequence[int]) -> str:
     Raises:
         DataError: if one of those cannot be used.
     """
-    digest = hashlib.sha256()
-    for line in _describe_files(items.spec):
-        digest.update(f"{line}\n".encode())
-    for index in validation:
-        item = items.items[index]
-        digest.update(f"{item.item_id} {item_hash(item)}\n".encode())
-    return digest.hexdigest()
+    held_out = (items.items[index] for index in validation)
+    lines = [*_describe_files(items.spec), *(f"{i.item_id} {item_hash(i)}" for i in held_out)]
+    text = "".join(f"{line}\n" for line in lines)
+    # names of files that are no UTF-8 have half characters for bytes
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def _describe_files(spec: str) -> Iterator[str]:

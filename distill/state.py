@@ -2,7 +2,7 @@
 
     OUT.train/state.json               what the run is, where it stands, names and hashes of files
     OUT.train/step-000050.safetensors  masters, AdamW's two moments, averages, input amaxes
-    OUT.train/best-000050.safetensors  weights and input amaxes of the best validations
+    OUT.train/best-000050.safetensors  weights and input amaxes of the best validation
     OUT.train/log.jsonl                a line a step
 
 Nothing random has to be kept: the order of the data is a function of seed and step, and the model
@@ -11,9 +11,10 @@ ones, so a run may go on with another number of processes.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +37,24 @@ class Standing:
     Attributes:
         step: Optimizer steps done.
         start_loss: Validation loss of the untrained student.
-        best: (validation loss, step) of the best weights that are kept, best first.
+        best_loss: The lowest validation loss.
+        best_step: The step it was reached at, whose weights are kept.
     """
 
     step: int
     start_loss: float
-    best: list[tuple[float, int]] = field(default_factory=list)
+    best_loss: float = math.inf
+    best_step: int = 0
 
-    @property
-    def best_loss(self) -> float:
-        """The lowest validation loss."""
-        return self.best[0][0]
-
-    @property
-    def best_step(self) -> int:
-        """The step it was reached at."""
-        return self.best[0][1]
-
-    def add(self, loss: float, *, keep: int) -> bool:
-        """Take a validation at the present step into account; return whether its weights are kept.
+    def add(self, loss: float) -> bool:
+        """Take a validation at the present step into account; return whether it is the best.
 
         Of equal losses the earlier one is the better.
         """
-        self.best = sorted([*self.best, (loss, self.step)])[:keep]
-        return (loss, self.step) in self.best
+        if loss >= self.best_loss:
+            return False
+        self.best_loss, self.best_step = loss, self.step
+        return True
 
 
 class StateFolder(TrainFolder):
@@ -76,7 +71,7 @@ class StateFolder(TrainFolder):
         """Make the folder, or find a run of the same identity in it.
 
         Args:
-            size_bytes: What saving will take: two states and the best weights.
+            size_bytes: What saving will take: two states, and the best weights twice.
             overwrite: Discard a run that cannot be gone on with.
 
         Returns:
@@ -98,12 +93,12 @@ class StateFolder(TrainFolder):
     def save(
         self, standing: Standing, state: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
     ) -> None:
-        """Save a state, and the weights if they are among the best.
+        """Save a state, and the weights if they are the best.
 
         Args:
-            standing: Names the step, and which best weights are to be kept.
+            standing: Names the step, and that of the best weights.
             state: Everything the run goes on from.
-            weights: What would be written, if this step's are among the best.
+            weights: What would be written, if this step's are the best.
 
         Raises:
             OutputError: if the disk is full.
@@ -112,7 +107,7 @@ class StateFolder(TrainFolder):
         write_safetensors(self.folder / name, state)
         if weights is not None:
             write_safetensors(self.folder / _best_name(standing.step), weights)
-        names = [name, *(_best_name(step) for _, step in standing.best)]
+        names = [name, _best_name(standing.best_step)]
         with writing(self.folder):
             files = {file: hash_file(self.folder / file) for file in names}
         self.write({"standing": asdict(standing), "files": files})
@@ -127,7 +122,7 @@ class StateFolder(TrainFolder):
         Raises:
             CheckpointError: if state.json cannot be read.
         """
-        return _standing(self.read())
+        return Standing(**self.read()["standing"])
 
     def load(self, shapes: Shapes) -> dict[str, Tensor]:
         """Return the saved state.
@@ -140,23 +135,16 @@ class StateFolder(TrainFolder):
         """
         return self._read_tensors(f"step-{self.standing().step:06}.safetensors", shapes)
 
-    def load_best(self, shapes: Shapes, *, step: int | None = None) -> dict[str, Tensor]:
-        """Return the best weights, or other kept ones.
+    def load_best(self, step: int, shapes: Shapes) -> dict[str, Tensor]:
+        """Return the best weights.
 
         Args:
+            step: At which they were validated.
             shapes: As in `load`.
-            step: At which they were validated; None for the best.
 
         Raises:
-            CheckpointError: as `load`, or if none of that step are kept.
+            CheckpointError: as `load`, or if those that are kept are of another step.
         """
-        kept = [kept_step for _, kept_step in self.standing().best]
-        step = kept[0] if step is None else step
-        if step not in kept:
-            raise CheckpointError(
-                f"{self.folder}: no weights of step {step} are kept; there are those of "
-                f"{', '.join(map(str, kept))}"
-            )
         return self._read_tensors(_best_name(step), shapes)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -181,19 +169,9 @@ class StateFolder(TrainFolder):
                 kept = [line for line in lines if json.loads(line)["step"] <= step]
                 self.log_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
-    def finish(self) -> None:
-        """Leave only the best weights, where several are kept, and what names them."""
-        standing = self.standing()
-        if len(standing.best) < 2:
-            self.discard()
-            return
-        with writing(self.folder):
-            for path in self.folder.glob("step-*.safetensors"):
-                path.unlink()
-
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise KeyError, TypeError or ValueError where a state has no standing."""
-        _standing(state)
+        Standing(**state["standing"])
 
     def _read_tensors(self, name: str, shapes: Shapes) -> dict[str, Tensor]:
         path = self.require_unchanged(name, self.read())
@@ -204,12 +182,6 @@ class StateFolder(TrainFolder):
 
 def _best_name(step: int) -> str:
     return f"best-{step:06}.safetensors"
-
-
-def _standing(state: Mapping[str, Any]) -> Standing:
-    values = dict(state["standing"])
-    best = [(float(loss), int(step)) for loss, step in values.pop("best")]
-    return Standing(**values, best=best)
 
 
 def _require_fit(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:

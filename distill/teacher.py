@@ -6,11 +6,11 @@ manifest, and the manifest's source hashes those of the teacher's tensors.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.data import split_items
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.set_digest import digest_set
 from nvvl.errors import CheckpointError, ConfigError
@@ -54,17 +54,26 @@ def check_run(run: Path, teacher: Path) -> Manifest:
 
 
 def run_identity(
-    run: Path, teacher: Path, recipe: DistillRecipe, items: CalibrationSet, seed: int
+    run: Path,
+    teacher: Path,
+    recipe: DistillRecipe,
+    items: CalibrationSet,
+    held_out: Sequence[int],
+    seed: int,
 ) -> dict[str, Any]:
-    """Check the run, and return what makes two distillations the same one.
+    """Return what makes two distillations the same one.
+
+    Args:
+        run: What ``nvvl quantize`` wrote; was checked (`check_run`).
+        teacher: The BF16 checkpoint.
+        recipe: Settings of the training.
+        items: What is trained and validated on.
+        held_out: Indices of the items that are validated on.
+        seed: Of the split and order of items.
 
     Raises:
-        ConfigError: as `check_run`.
-        CheckpointError: as `check_run`.
         DataError: if a held-out item cannot be used.
     """
-    check_run(run, teacher)
-    _, held_out = split_items(len(items.items), recipe, seed=seed)
     return {
         "recipe": recipe.to_dict(),
         "teacher": teacher_digest(teacher),

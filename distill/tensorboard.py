@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import HardwareError
+from nvvl.errors import HardwareError, writing
 
 
 class Events:
@@ -21,25 +22,43 @@ class Events:
                 self._writer.add_scalar(f"distill/{name}", value, step)
 
 
+def require_tensorboard(folder: Path | None) -> None:
+    """Make a folder of events.
+
+    Args:
+        folder: None writes nothing.
+
+    Raises:
+        HardwareError: if the package that writes events is not installed.
+        OutputError: if the folder cannot be made.
+    """
+    if folder is None:
+        return
+    if find_spec("tensorboardX") is None:
+        raise HardwareError(
+            "--tensorboard: needs the package tensorboardX; pip install 'nvvl[tensorboard]'"
+        )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def open_tensorboard(folder: Path | None, step: int) -> Iterator[Events]:
     """Open a folder of events; what an earlier start wrote after ``step`` is hidden.
 
     Args:
-        folder: None writes nothing.
+        folder: As in `require_tensorboard`, which is called first.
         step: Steps done already.
 
     Raises:
-        HardwareError: if the package that writes events is not installed.
+        OutputError: if the events cannot be written.
     """
     if folder is None:
         yield Events()
         return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise HardwareError(
-            "--tensorboard: needs the package tensorboardX; pip install 'nvvl[tensorboard]'"
-        ) from None
-    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+    from tensorboardX import SummaryWriter
+
+    with writing(folder):
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
+    with writer:
         yield Events(writer)

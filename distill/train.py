@@ -33,22 +33,23 @@ from nvvl.distill.logits import StoredLogits, logits_identity, require_logits_su
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.split import find_groups
 from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.student import Student, require_trainable
-from nvvl.distill.teacher import run_identity
-from nvvl.distill.tensorboard import open_tensorboard
-from nvvl.distill.train_folder import LOG_NAME
-from nvvl.distill.write import write_bf16, write_quantized
+from nvvl.distill.teacher import check_run, run_identity
+from nvvl.distill.tensorboard import open_tensorboard, require_tensorboard
+from nvvl.distill.train_folder import LOG_NAME, hold_train_folder, train_folder
+from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
+from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
-from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import list_linears, quantized_only
 
 # (what is shown, steps done, steps in total)
@@ -137,36 +138,68 @@ def distill(
         DataError: if an item cannot be used, or none is left to train on.
         RecipeError: if the recipe is one for single layers.
         TrainingError: if a loss is not finite, or training diverges.
-        OutputError: if an output exists, holds another run, or does not fit on the disk.
+        HardwareError: if events are asked for, and the package that writes them is missing.
+        OutputError: if an output exists, holds another run or what is read, is written by another
+            run, or does not fit on the disk.
         ReportedError: on other processes than the main one, in place of any of these.
         KeyboardInterrupt: again, saying how to go on.
     """
     how = execution or Execution()
     out = out.absolute()
-    bf16 = out.with_name(f"{out.name}.bf16")
     processes = how.processes or Processes(how.device)
-    with ExitStack() as stack:
+    with ExitStack() as held:
         with processes.agreed():
             if recipe.method != "whole":
                 raise RecipeError(
                     f'method: required "whole", got "{recipe.method}"; see distill_blockwise'
                 )
-            identity: dict[str, Any] = {}
-            if processes.is_main:
-                _warn_about_rate(recipe)
-                identity = run_identity(run, teacher, recipe, items, seed)
-            logits = None
             if how.logits is not None:
                 require_logits_suffice(recipe)
-                logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
-                identity["logits"] = logits.sha256
-            staged = []
             if processes.is_main:
-                for folder, source in ((out, run), (bf16, teacher)):
-                    stage = staged_folder(folder, source=source, overwrite=how.overwrite)
-                    staged.append(stack.enter_context(stage))
-        state = StateFolder(out.with_name(f"{out.name}.train"), identity)
-        trainer = Trainer(run, teacher, recipe, items, seed, how, processes, state, logits)
+                warn_about_rate(recipe)
+                require_tensorboard(how.tensorboard)
+                held.enter_context(hold_train_folder(out))
+        return _distill_held(run, teacher, out, recipe, items, seed, how, processes)
+
+
+def _distill_held(
+    run: Path,
+    teacher: Path,
+    out: Path,
+    recipe: DistillRecipe,
+    items: CalibrationSet,
+    seed: int,
+    how: Execution,
+    processes: Processes,
+) -> DistillResult | None:
+    """Do what `distill` says, while no other run has ``OUT.train``."""
+    with ExitStack() as stack:
+        with processes.agreed():
+            staged: list[Path] = []
+            if processes.is_main:
+                sources = [run, teacher, *([] if how.logits is None else [how.logits])]
+                outputs = staged_outputs(out, sources=sources, overwrite=how.overwrite)
+                staged.extend(stack.enter_context(outputs))
+                check_run(run, teacher)
+            logits = None
+            if how.logits is not None:
+                logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
+            data = DistillData(
+                items.items,
+                Processor.from_folder(teacher),
+                recipe,
+                seed=seed,
+                groups=find_groups(items),
+                share=(processes.index, processes.count),
+                check=None if logits is None else logits.check,
+            )
+            identity: dict[str, Any] = {}
+            if processes.is_main:
+                identity = run_identity(run, teacher, recipe, items, data.validation, seed)
+                if logits is not None:
+                    identity["logits"] = logits.sha256
+        state = StateFolder(train_folder(out), identity | describe_arithmetic(processes.device))
+        trainer = Trainer(run, teacher, recipe, data, how, processes, state, logits)
         try:
             standing = trainer.train()
         except KeyboardInterrupt:
@@ -182,16 +215,40 @@ def distill(
             "validation_loss": {"start": standing.start_loss, "written": standing.best_loss},
             "step": standing.best_step,
         }
-        weights = state.load_best(trainer.optimizer.weight_shapes())
-        with writing(staged[0]):
-            (staged[0] / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
-        write_bf16(teacher, staged[1], weights, distillation=record, command=how.command)
+        quantized, trained = staged
+        weights = state.load_best(standing.best_step, trainer.optimizer.weight_shapes())
+        with writing(quantized):
+            (quantized / f"distill_{LOG_NAME}").write_bytes(state.log_path.read_bytes())
+        write_bf16(teacher, trained, weights, distillation=record, command=how.command)
         manifest = write_quantized(
-            staged[1], run, staged[0], weights, distillation=record, command=how.command
+            trained, run, quantized, weights, distillation=record, command=how.command
         )
-    state.finish()
+    state.discard()
     return DistillResult(
-        manifest, bf16, standing.start_loss, standing.best_loss, standing.best_step
+        manifest,
+        bf16_folder(out),
+        standing.start_loss,
+        standing.best_loss,
+        standing.best_step,
+    )
+
+
+def warn_about_rate(recipe: DistillRecipe) -> None:
+    """Warn of a learning rate above the recipe's safe one."""
+    if recipe.learning_rate <= recipe.safe_learning_rate:
+        return
+    reason = (
+        "in published runs of full-size models 2e-5 cost more accuracy than quantization did and "
+        "1e-4 ruined them (arXiv 2601.20088); 2e-6 is the default"
+    )
+    if recipe.method == "layers":
+        reason = (
+            "it is the part of its size by which a step may move a weight, and layers that get no "
+            "better stay as the teacher has them; lower it, or raise safe_learning_rate"
+        )
+    warnings.warn(
+        f"learning_rate {recipe.learning_rate:g} is above {recipe.safe_learning_rate:g}: {reason}",
+        stacklevel=3,
     )
 
 
@@ -203,8 +260,7 @@ class Trainer:
         run: Path,
         teacher: Path,
         recipe: DistillRecipe,
-        items: CalibrationSet,
-        seed: int,
+        data: DistillData,
         how: Execution,
         processes: Processes,
         state: StateFolder,
@@ -216,14 +272,6 @@ class Trainer:
             formats = quantized_only(read_recipe_formats(run / RECIPE_NAME, linears))
             amaxes = read_amaxes(run / CALIBRATION_NAME, formats)
             require_trainable(recipe, amaxes)
-            self.data = DistillData(
-                items.items,
-                Processor.from_folder(teacher),
-                recipe,
-                seed=seed,
-                share=(processes.index, processes.count),
-                check=None if logits is None else logits.check,
-            )
         self.student = Student(
             model,
             formats,
@@ -235,6 +283,7 @@ class Trainer:
         )
         self.optimizer = Optimizer(self.student, recipe, processes)
         self.prepare = Preparer(model, recipe, device=processes.device, logits=logits)
+        self._data = data
         self._recipe = recipe
         self._how = how
         self._processes = processes
@@ -270,7 +319,7 @@ class Trainer:
         """
         began = time.perf_counter()
         with self._processes.agreed():
-            batches = self.data.training_batches(step)
+            batches = self._data.training_batches(step)
         counted = torch.tensor([_num_rows(batches), sum(b.num_tokens for b in batches)])
         num_rows, num_tokens = self._processes.sum(counted).tolist()
         losses = torch.zeros(2)
@@ -341,13 +390,13 @@ class Trainer:
         Outputs of layers are in no validation loss, and would be many times all else.
         """
         cpu = torch.device("cpu")
-        batches = self.data.validation_batches()
+        batches = self._data.validation_batches()
         return [replace(self.prepare(batch), layers=()).to(cpu) for batch in batches]
 
     def _resume(self) -> Standing | None:
         """Load the state of an earlier start, if there is one."""
         sizes = [4 * math.prod(shape) for shape in self.optimizer.weight_shapes().values()]
-        room = (6 + 2 * bool(self._recipe.ema_decay) + self._recipe.keep_best) * sum(sizes)
+        room = (8 + 2 * bool(self._recipe.ema_decay)) * sum(sizes)
         found = False
         with self._processes.agreed():
             if self._processes.is_main:
@@ -393,12 +442,12 @@ class Trainer:
     def _save(
         self, standing: Standing, loss: float, weights: dict[str, torch.Tensor] | None = None
     ) -> None:
-        is_kept = standing.add(loss, keep=self._recipe.keep_best)
+        is_best = standing.add(loss)
         state = self.optimizer.state_tensors()  # all processes together
         weights = self.optimizer.weights() if weights is None else weights
         with self._processes.agreed():
             if self._processes.is_main:
-                self._state.save(standing, state, weights if is_kept else None)
+                self._state.save(standing, state, weights if is_best else None)
 
     def _in_turns(self, batches: Sequence[_T]) -> Iterator[tuple[_T, int]]:
         """Give batches, each with a 1; then the last again with a 0, while others still have some.
@@ -417,16 +466,6 @@ class Trainer:
 
 def _num_rows(batches: Sequence[ItemBatch]) -> int:
     return sum(batch.num_rows for batch in batches)
-
-
-def _warn_about_rate(recipe: DistillRecipe) -> None:
-    if recipe.learning_rate > recipe.safe_learning_rate:
-        warnings.warn(
-            f"learning_rate {recipe.learning_rate:g} is above {recipe.safe_learning_rate:g}: in "
-            "published runs of full-size models 2e-5 cost more accuracy than quantization did and "
-            "1e-4 ruined them (arXiv 2601.20088); 2e-6 is the default",
-            stacklevel=3,
-        )
 
 
 def _describe(record: dict[str, Any], standing: Standing) -> str:

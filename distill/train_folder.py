@@ -2,11 +2,12 @@
 
 Each way of training has files of its own there. One of them, JSON, says what the run is and names
 the others by hash. It is replaced last, by a rename, so a run that is killed while it saves goes on
-from the state before.
+from the state before. One run at a time holds the folder; one that ends well leaves nothing in it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nvvl.distill.recipe import Method
 from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import library_versions
+from nvvl.quantize.staging import locked
 
 LOG_NAME = "log.jsonl"
 
@@ -23,6 +25,28 @@ _FILES: dict[Method, tuple[str, ...]] = {
     "whole": ("state.json", "step-*.safetensors", "best-*.safetensors", LOG_NAME),
     "layers": ("blocks.json", "layer-*.safetensors"),
 }
+
+
+def train_folder(out: Path) -> Path:
+    """Return where the unfinished run of an output lies."""
+    return out.with_name(f"{out.name}.train")
+
+
+@contextmanager
+def hold_train_folder(out: Path) -> Iterator[Path]:
+    """Make ``OUT.train`` and hold it against other runs; one that is left empty goes.
+
+    Raises:
+        OutputError: if it cannot be made, or another run holds it.
+    """
+    folder = train_folder(out)
+    with locked(folder):
+        try:
+            yield folder
+        finally:
+            with writing(folder):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 class TrainFolder:
@@ -129,7 +153,7 @@ class TrainFolder:
         return [path for pattern in patterns + unfinished for path in self.folder.glob(pattern)]
 
     def discard(self, *methods: Method) -> None:
-        """Remove the files of this run, or of those methods; the folder if nothing else is in it.
+        """Remove the files of this run, or of those methods.
 
         Raises:
             OutputError: if they cannot be removed.
@@ -139,8 +163,6 @@ class TrainFolder:
         with writing(self.folder):
             for path in self.own_files(*methods):
                 path.unlink()
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
 
     def _refuse_other_method(self) -> None:
         for method, (name, *_) in _FILES.items():

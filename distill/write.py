@@ -10,7 +10,8 @@ The quantized folder is made from the BF16 folder on disk, not from memory.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,37 @@ from nvvl.quantize.pack import (
 )
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import RECIPE_NAME, copy_side_files, write_side_files
+from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import list_linears, quantized_only
+
+
+@contextmanager
+def staged_outputs(
+    out: Path, *, sources: Sequence[Path], overwrite: bool
+) -> Iterator[tuple[Path, Path]]:
+    """Yield empty folders that become ``OUT`` and ``OUT.bf16``, as `staged_folder` does.
+
+    Args:
+        out: The folder of the quantized checkpoint.
+        sources: Folders that must survive.
+        overwrite: Whether earlier outputs may be replaced.
+
+    Raises:
+        OutputError: as `staged_folder`.
+    """
+    source, *others = sources
+    with (
+        staged_folder(out, source=source, others=others, overwrite=overwrite) as quantized,
+        staged_folder(
+            bf16_folder(out), source=source, others=others, overwrite=overwrite
+        ) as trained,
+    ):
+        yield quantized, trained
+
+
+def bf16_folder(out: Path) -> Path:
+    """Return where the trained BF16 weights of an output go."""
+    return out.with_name(f"{out.name}.bf16")
 
 
 def write_bf16(

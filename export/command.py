@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from nvvl.errors import DataError, EngineError
 from nvvl.options import (
     EXIT_CHECK_FAILED,
     DeviceOption,
@@ -81,7 +82,12 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="The BF16 source, to compare values with.")
     ] = None,
     no_logits: Annotated[
-        bool, typer.Option("--no-logits", help="Leave out the comparison of logits.")
+        bool,
+        typer.Option(
+            "--no-logits",
+            help="Leave out the comparison of logits, which holds a whole model in memory: OUT's "
+            "packed weights, and the same in BF16.",
+        ),
     ] = False,
     onnx: Annotated[
         Path | None,
@@ -132,6 +138,11 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a BF16 or quantized model one question; greedy, tokens are printed as they come."""
+    if pruning_rate and not video:
+        raise DataError(
+            f"--pruning-rate {pruning_rate:g}: drops tokens of videos, and there is none; add "
+            "--video, or leave it out"
+        )
     from nvvl.console import TokenStream, print_json
     from nvvl.export.answer import answer
     from nvvl.export.backends import open_backend
@@ -202,9 +213,13 @@ def onnx(
         typer.Option(help="fp8: the BF16 vision tower in FP8, in the graph; else the recipe's."),
     ] = None,
     calib: Annotated[
-        str,
-        typer.Option(metavar="SET", help="Images that an FP8 vision graph finds its scales on."),
-    ] = "default",
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="Images that an FP8 vision graph finds its scales on, as for nvvl quantize; else "
+            "the default set.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +239,12 @@ def onnx(
     chosen = chosen if vision is None else replace(chosen, vision=vision)
     items = None
     if chosen.vision == "fp8":
-        items = load_calibration_set(calib, num_items=NUM_IMAGES).items
+        items = load_calibration_set(calib or "default", num_items=NUM_IMAGES).items
+    elif calib is not None:
+        raise EngineError(
+            f"--calib {calib}: only an FP8 vision graph finds scales on images; add --vision fp8, "
+            "or leave it out"
+        )
     with show_progress() as progress:
         result = export_onnx(
             resolve_model(run),

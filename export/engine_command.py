@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nvvl.options import JsonOption, MemoryOption, OverwriteOption
+from nvvl.options import JsonOption, OverwriteOption
 
 
 def engine(
@@ -54,7 +54,14 @@ def engine(
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of measured kernel times, for --builder tensorrt.")
     ] = None,
-    memory: MemoryOption = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Refuse graphs that, by an estimate, take more memory than this to build, e.g. "
+            "6GB; else than this machine has free. A build is not kept to it.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:

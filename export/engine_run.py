@@ -43,6 +43,7 @@ def build_from_checkpoint(
         HardwareError: if building needs more memory than there is.
         OutputError: if ``dest`` exists, or the disk is too small.
     """
+    dest = dest.absolute()  # see build_engines
     view = open_view(run)
     require_targets(options.builder, options.targets, find_precisions(view, recipe))
     require_cache(options.builder, recipe.kv_cache, recipe.kv_dtype)

@@ -4,7 +4,6 @@ The hashes say that nothing changed since the writer ended; they do not say that
 right (`nvvl.export.value_proof` does).
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.rules_config import find_copied_files
 from nvvl.export.tensor_files import CALIBRATION_NAME, hash_tensor
 from nvvl.export.view import CheckpointView
+from nvvl.model.hashing import hash_file
 
 # SHA-256, dtype, shape
 _Entry = tuple[str, str, tuple[int, ...]]
@@ -111,7 +111,7 @@ class HashProof:
             path = folder / name
             if not path.is_file():
                 faults.append(f"{name}: missing")
-            elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            elif hash_file(path) != sha256:
                 faults.append(f"{name}: bytes changed since it was written")
         found = {*find_copied_files(folder), *(name for name in _MADE if (folder / name).is_file())}
         return faults + [

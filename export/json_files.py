@@ -18,7 +18,6 @@ _CONFIG_TYPES: Mapping[str, type] = {
     "vision_config": dict,
     "vision_config.args": dict,
     "auto_map": dict,
-    "auto_map.*": str,
     "quantization_config": dict,
     "quantization_config.ignore": list,
     "quantization_config.ignore.*": str,

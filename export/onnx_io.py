@@ -8,7 +8,7 @@ model        what a runner must know of the network: sizes, special tokens
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,6 @@ def read_io(folder: Path) -> dict[str, Any]:
             f"{path}: format_version {version}, this nvvl reads {FORMAT_VERSION}; export again"
         )
     return values
-
-
-def port_names(entry: Mapping[str, Any], side: str) -> list[str]:
-    """Return the names of a graph's ``inputs`` or ``outputs``."""
-    return [port["name"] for port in entry[side]]
 
 
 def _describe_port(port: Port) -> dict[str, Any]:

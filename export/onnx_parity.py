@@ -11,7 +11,8 @@ tiles and tokens and each carries its own states:
 
 After every run the largest difference of logits, and of every state, must be at most ``TOLERANCE``
 of the largest magnitude. What quantizers make of rounding is settled by `nvvl.export.onnx_ties`,
-and counted. Cases that are longer than the graphs' cache are left out, and counted too.
+and counted. Cases that are longer than the graphs' cache are left out, and counted too. An error
+ends the comparison it comes in and is a fault of that check; the others go on.
 """
 
 import contextlib
@@ -70,8 +71,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class _Score:
-    """What the comparisons of one check found."""
+    """What the comparisons of one check found, with the faults of quantizers met meanwhile."""
 
+    settler: TieSettler
     largest: float = 0.0
     runs: int = 0
     too_long: int = 0
@@ -80,6 +82,7 @@ class _Score:
     def see(self, where: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Compare what a graph gives with what the torch model gives, by name."""
         self.runs += 1
+        self.faults += self.settler.drain()
         for name, (got, wanted) in pairs.items():
             error = relative_error(got, wanted)
             self.largest = max(self.largest, error)
@@ -88,9 +91,19 @@ class _Score:
                     f"{where}: {name} differs by {error:.2e}, required {TOLERANCE:.0e}"
                 )
 
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[None]:
+        """Make an error that ends the block a fault, one however often it comes."""
+        try:
+            yield
+        except NvvlError as error:
+            self.faults += self.settler.drain()
+            if str(error) not in self.faults:
+                self.faults.append(str(error))
+
     def check(self, rule: str, name: str, note: str = "") -> Check:
         """State what was found."""
-        if self.too_long and not self.runs:
+        if self.too_long and not self.runs and not self.faults:
             reason = "every case is longer than the cache; export with a larger kv_capacity"
             return not_checked(rule, name, reason)
         if self.too_long:
@@ -131,32 +144,36 @@ def prove_graphs(
     steps = _Steps(len(TILE_COUNTS) + len(CASES) + len(items), progress)
     try:
         pair = _Pair(_load_model(run, dest), GraphFolder(dest, expose_inputs=True))
-        with torch.inference_mode(), pair.settling():
-            return [files, *_compare_all(pair, run, items, steps)]
     except NvvlError as fault:
-        return [files, judge(*VISION, [str(fault)])]
+        reason = "checkpoint or graphs cannot be opened, see O2"
+        rest = (not_checked(*which, reason) for which in (PREFILL, DECODE, TEXT))
+        return [files, judge(*VISION, [str(fault)]), *rest]
+    with torch.inference_mode(), pair.settling():
+        return [files, *_compare_all(pair, run, items, steps)]
 
 
 def _compare_all(pair: "_Pair", run: Path, items: "Sequence[Item]", steps: "_Steps") -> list[Check]:
-    vision, prefill, decode, text = _Score(), _Score(), _Score(), _Score()
+    vision, prefill, decode, text = (_Score(pair.settler) for _ in range(4))
     for count in TILE_COUNTS:
-        _compare_vision(pair, count, vision)
+        with vision.judging():
+            _compare_vision(pair, count, vision)
         steps.done("vision")
     for batch, pieces in CASES:
         _compare_steps(pair, batch, pieces, prefill, decode)
         steps.done("prefill, decode")
     ties = f"{pair.settler.num_ties} of {pair.settler.num_values} quantized values on an edge"
-    checks = [
-        vision.check(*VISION),
-        prefill.check(*PREFILL),
-        decode.check(*DECODE, f"; {ties}" if pair.settler.num_values else ""),
-    ]
+    checks = [vision.check(*VISION), prefill.check(*PREFILL)]
+    if prefill.faults and not decode.runs and not decode.faults:
+        checks.append(not_checked(*DECODE, "no prefill came to an end, see O3"))
+    else:
+        checks.append(decode.check(*DECODE, f"; {ties}" if pair.settler.num_values else ""))
     try:
         processor = Processor.from_folder(run)
     except ConfigError as fault:
         return [*checks, not_checked(*TEXT, str(fault))]
     for item in items:
-        _compare_text(pair, processor, item, text)
+        with text.judging():
+            _compare_text(pair, processor, item, text)
         steps.done("text")
     return [*checks, text.check(*TEXT)]
 
@@ -272,13 +289,15 @@ def _compare_steps(
     ids = ids.masked_fill(ids == pair.model.config.image_token_id, 0)
     states, state, position = pair.graphs.start(batch), None, 0
     for piece in ids.split(list(pieces), dim=1):
-        output, logits, state = pair.step(piece, states, state, position=position)
         score = decode if piece.shape[1] == 1 and position else prefill
-        where = f"batch {batch}, tokens {position} to {position + piece.shape[1]}"
-        position, states = position + piece.shape[1], output.states
-        score.see(where, _pairs(output, logits, state, position))
-        score.faults += pair.settler.faults
-        pair.settler.faults = []
+        end = position + piece.shape[1]
+        where = f"batch {batch}, tokens {position} to {end}"
+        with score.judging():
+            output, logits, state = pair.step(piece, states, state, position=position)
+            score.see(where, _pairs(output, logits, state, end))
+            position, states = end, output.states
+        if position != end:
+            return  # an error: there are no states to go on from
 
 
 def _pairs(

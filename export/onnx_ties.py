@@ -35,7 +35,7 @@ class TieSettler:
         inputs: Of the graph's present run, by module name.
         new_states: Keys and values that it added to an FP8 cache, (B, T, heads x D), by the name of
             the linear that gives them.
-        faults: Inputs that are no rounding of the torch model's.
+        faults: Inputs that are no rounding of the torch model's, until they are drained.
         num_values: Inputs compared.
         num_ties: Inputs that lay on a step's edge.
     """
@@ -45,6 +45,11 @@ class TieSettler:
     faults: list[str] = field(default_factory=list)
     num_values: int = 0
     num_ties: int = 0
+
+    def drain(self) -> list[str]:
+        """Return the faults found since the last call."""
+        faults, self.faults = self.faults, []
+        return faults
 
     def watch(self, fqn: str, linear: QuantizedLinear) -> RemovableHandle:
         """Put a hook on a linear whose input is quantized; returns its handle."""

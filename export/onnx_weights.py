@@ -2,7 +2,7 @@
 
 A checkpoint that nvvl quantized says in ``manifest.json`` what every tensor's bytes hash to; one
 that does not hold them any more is refused in the middle of the export rather than built into an
-engine. A BF16 checkpoint has no manifest: the hashes of what was read go into that of the graphs.
+engine. A BF16 checkpoint's is not read: the hashes of what was read go into that of the graphs.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Rules C1 to C7, C13 and A2: config.json and the files copied beside it.
+"""Rules C1 to C7, C13, C14 and A2: config.json and the files copied beside it.
 
 Servers read config.json before a single tensor. Half of these rules end in a load error when
 broken; the others let a server start with another channel order or other layers.
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nvvl.export.checks import NotCheckedError, Rule, rule
 from nvvl.export.view import LAYER, CheckpointView
+from nvvl.model.hashing import hash_file
 
 _ARCHITECTURE = "NemotronH_Nano_VL_V2"
 _VLLM_KEYS = (
@@ -71,21 +72,10 @@ def c2_vllm_keys(view: CheckpointView) -> Sequence[str]:
     return faults
 
 
-@rule("C3", "keys and code files that TensorRT-LLM reads", servers="T")
+@rule("C3", "keys that TensorRT-LLM reads", servers="T")
 def c3_trtllm_keys(view: CheckpointView) -> Sequence[str]:
-    """C3: TensorRT-LLM also needs token ids, torch_dtype and the code files auto_map names."""
-    faults = [f"{key}: missing" for key in _TRTLLM_KEYS if key not in view.config]
-    if view.folder is not None:
-        auto_map = view.config.get("auto_map") or {}
-        modules = {
-            str(target).rpartition("--")[2].partition(".")[0] for target in auto_map.values()
-        }
-        faults += [
-            f"{module}.py: named by auto_map, not in the folder"
-            for module in sorted(modules)
-            if not (view.folder / f"{module}.py").exists()
-        ]
-    return faults
+    """C3: TensorRT-LLM also needs token ids and torch_dtype."""
+    return [f"{key}: missing" for key in _TRTLLM_KEYS if key not in view.config]
 
 
 @rule("C4", "no dynamic resolution", servers="V", silent=True)
@@ -144,7 +134,7 @@ def c7_copied_files(view: CheckpointView) -> Sequence[str]:
         *(
             f"{name}: differs from the source's"
             for name in sorted(ours.keys() & theirs)
-            if ours[name].read_bytes() != theirs[name].read_bytes()
+            if hash_file(ours[name]) != hash_file(theirs[name])
         ),
     ]
 
@@ -161,6 +151,16 @@ def c13_mamba_dtypes(view: CheckpointView) -> Sequence[str]:
         and name in view.source.tensors
         and header.dtype != view.source.tensors[name].dtype
     ]
+
+
+@rule("C14", "code files that auto_map names", servers="VT")
+def c14_code_files(view: CheckpointView) -> Sequence[str]:
+    """C14: a server that trusts the folder's code makes its configuration with these files."""
+    if not view.code_files:
+        return []
+    if view.folder is None:
+        raise NotCheckedError("needs the folder")
+    return [f"{name}: named by auto_map, not in the folder" for name in view.missing_code_files]
 
 
 @rule("A2", "config.json is the source's but for quantization_config", servers="VTSE", silent=True)
@@ -187,6 +187,7 @@ CONFIG_RULES: tuple[Rule[CheckpointView], ...] = (
     c6_layer_pattern,
     c7_copied_files,
     c13_mamba_dtypes,
+    c14_code_files,
 )
 
 

@@ -185,7 +185,7 @@ def _context(view: CheckpointView) -> int:
 
 
 def _has_code(view: CheckpointView) -> bool:
-    return bool(view.config.get("auto_map"))
+    return bool(view.code_files) and not view.missing_code_files
 
 
 def _no_code(server: str) -> str:

@@ -1,11 +1,12 @@
 """Proof that every number of a quantized checkpoint follows from its source and its calibration.
 
-Tensors are seen one at a time. What stays 16 bit must equal the source byte for byte. A quantized
-weight is made again from the source by `nvvl.export.codes` and must equal what was written, code
-by code and block scale by block scale; tensor scales must be the calibrated amax divided by the
-format's largest value; the amax itself must be the largest magnitude of the weight, taken over q,
-k and v together. Last, the dequantized weight must be close to the source: this needs no exact
-formula, so it also catches a formula that both writings got wrong.
+Tensors are seen one at a time. What is not quantized must equal the source byte for byte. A
+quantized weight is made again from the source by `nvvl.export.codes` and must equal what was
+written, code by code and block scale by block scale; tensor scales must be the calibrated amax
+divided by the format's largest value; the amax itself must be the largest magnitude of the weight,
+taken over q, k and v together. Weights are calibrated and packed in bfloat16, so a source of
+another dtype is rounded to it first. Last, the dequantized weight must be close to the source as it
+is stored: this needs no exact formula, so it also catches a formula that both writings got wrong.
 
 The floors in dB are set from measurement on 512 x 1024 bfloat16 matrices: FP8 gives 31.4 to 31.8
 and NVFP4 19.9 to 21.0 for normal, uniform, Laplace and Student-t (3) values, more with outliers.
@@ -86,7 +87,7 @@ class ValueProof:
         Args:
             fqn: module name.
             parts: its tensors by leaf name: weight and whatever scales there are.
-            source: (N, K) weight of the source, or None.
+            source: (N, K) weight of the source in its stored dtype, or None.
         """
         stored: Stored = "nvfp4" if parts["weight"].dtype == torch.uint8 else "fp8"
         for leaf, tensor in parts.items():
@@ -96,7 +97,9 @@ class ValueProof:
             self._see_positive(f"{fqn}.weight_scale", parts["weight_scale"])
         self._see_scales(fqn, stored, parts)
         if source is not None and source.dtype.is_floating_point:
-            self._source_amax[fqn] = float(source.abs().max())
+            # as of the rounded weight, because rounding keeps the order
+            amax = torch.stack(source.aminmax()).abs().max()
+            self._source_amax[fqn] = float(amax.bfloat16())
             self._see_weight(fqn, stored, parts, source)
 
     def checks(self) -> list[Check]:
@@ -161,7 +164,8 @@ class ValueProof:
         noise = signal = 0.0
         for rows in _pieces(source):
             piece = {leaf: t[rows] if t.dim() == 2 else t for leaf, t in parts.items()}
-            for key, (got, wanted) in _compare(stored, piece, source[rows], scale).items():
+            rounded = source[rows].bfloat16()
+            for key, (got, wanted) in _compare(stored, piece, rounded, scale).items():
                 wrong[key].add(got, wanted, rows.start)
             values = _decode(stored, piece)
             original = source[rows].double()

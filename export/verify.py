@@ -6,9 +6,10 @@
     logits     the reloaded model against the calibrated one   logits_proof.py
     graphs     ONNX graphs against the reloaded model          onnx_parity.py
 
-Weights are read one tensor at a time, so memory does not grow with the model; only the logits need
-two whole models and can be left out. What could not be checked is reported as such and is never
-counted as passed. Verifying writes nothing into the folder: the folder is what is proved.
+Weights are read one tensor at a time, so memory does not grow with the model; only logits and
+graphs need a whole one. Both can be left out, and logits are where there is too little memory. What
+could not be checked is reported as such and is never counted as passed. Verifying writes nothing
+into the folder: the folder is what is proved.
 """
 
 import json
@@ -117,7 +118,8 @@ def verify(
     Args:
         out: the folder to prove.
         source: the BF16 checkpoint it was made from; without it, what needs it is not checked.
-        logits: whether to run both models; needs memory for two of them.
+        logits: whether to run both models, one after the other; needs memory for one, packed and
+            in BF16.
         probe_items: items the logits are compared on; a few of the default set if None.
         graphs: a folder of ONNX graphs made from ``out``, to be proved with it.
         progress: called as tensors are read.

@@ -96,6 +96,22 @@ class CheckpointView:
         return part if isinstance(part, dict) else {}
 
     @cached_property
+    def code_files(self) -> tuple[str, ...]:
+        """Names of the code files that auto_map of config.json names, sorted."""
+        modules = set()
+        for value in (self.config.get("auto_map") or {}).values():
+            for target in value if isinstance(value, list) else [value]:
+                if isinstance(target, str):  # a list has null for a class that does not exist
+                    modules.add(target.rpartition("--")[2].partition(".")[0])
+        return tuple(f"{module}.py" for module in sorted(modules))
+
+    @property
+    def missing_code_files(self) -> tuple[str, ...]:
+        """Those of `code_files` that are not in the folder."""
+        assert self.folder is not None  # a planned view has no files
+        return tuple(name for name in self.code_files if not (self.folder / name).is_file())
+
+    @cached_property
     def linears(self) -> tuple[str, ...]:
         """Module names of every linear layer, sorted: a 2-D ``weight`` that is no embedding."""
         return tuple(

@@ -99,7 +99,8 @@ def use_scales(weights: CheckpointWeights, scales: Mapping[str, Tensor]) -> None
     """Put FP8 weights with these scales in the place of the checkpoint's."""
     for fqn in _linears(scales):
         parts = {leaf: scales[f"{fqn}.{leaf}"] for leaf in ("weight_scale", "input_scale")}
-        codes = fp8.quantize(weights.stored(f"{fqn}.weight"), parts["weight_scale"])
+        weight = weights.stored(f"{fqn}.weight").bfloat16()  # which the scales were found on
+        codes = fp8.quantize(weight, parts["weight_scale"])
         weights.replace_linear(fqn, "fp8", {"weight": codes, **parts})
 
 

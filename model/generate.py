@@ -29,11 +29,11 @@ _PARTIAL_CLOSE = tuple(_CLOSE[:length] for length in range(2, len(_CLOSE)))
 class ThinkingBudget:
     r"""How many tokens a row may think.
 
-    A row thinks while its prompt and answer hold a ``<think>`` not yet closed; rows whose prompt
-    turned reasoning off are left alone. Once ``tokens`` tokens were generated, thinking is ended
-    after the next token with a newline, or after ``grace`` more tokens if none comes: the row then
-    continues with ``end_ids``, whatever the model would have said, and is free again after them. A
-    ``</think>`` the model has begun itself is not interrupted.
+    A row thinks while its prompt or answer holds a ``<think>`` not yet closed, whoever wrote it;
+    else it is left alone. Once ``tokens`` tokens were generated, thinking is ended after the next
+    token with a newline, or after ``grace`` more tokens if none comes: the row then continues with
+    ``end_ids``, whatever the model would have said, and is free again after them. A ``</think>``
+    the model has begun itself is not interrupted.
 
     Attributes:
         tokens: Tokens before the end is sought; 0 ends thinking before its first token.
@@ -193,14 +193,14 @@ class _Thought:
         """Return the token to append to ``answer``: the model's own, or one that ends thinking."""
         if self._forced:
             return self._forced.pop(0)
-        if not self._open or self._budget is None:
+        if self._budget is None:
             return token
         budget, length = self._budget, len(answer)
         tail = budget.decode(answer[-_TAIL:])
-        if _CLOSE in tail:
-            self._open = False
-            return token
-        if tail.endswith(_PARTIAL_CLOSE):
+        opened, closed = tail.rfind(_OPEN), tail.rfind(_CLOSE)
+        if opened != closed:  # one of them is there, and the last one counts
+            self._open = opened > closed
+        if not self._open or tail.endswith(_PARTIAL_CLOSE):
             return token
         spent = length >= budget.tokens + (budget.grace if budget.tokens else 0)
         newline = length >= budget.tokens and "\n" in budget.decode(answer[-1:])

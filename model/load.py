@@ -25,6 +25,7 @@ from nvvl.model.vlm import NemotronNanoVL
 _KEEP_STORED_DTYPE = ("A_log", "D", "dt_bias")
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_INTEGERS = (".summary_idxs",)  # a buffer of indices
 
 
 class TensorSource(Protocol):
@@ -75,13 +76,15 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
     """Compare names, shapes and kinds of a checkpoint's tensors with those expected.
 
     Raises:
-        CheckpointError: listing every missing, unexpected and misshapen tensor, sorted.
+        CheckpointError: if the folder is quantized, whether it says so or not; or listing every
+            missing, unexpected and misshapen tensor, sorted.
     """
     if "quantization_config" in checkpoint.config.raw:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json has a quantization_config; required the BF16 "
             "checkpoint that it was made from"
         )
+    _require_floats(checkpoint, expected)
     faults = [f"{name} is missing" for name in sorted(expected.keys() - checkpoint.tensors)]
     faults += [f"{name} is unexpected" for name in sorted(checkpoint.tensors.keys() - expected)]
     for name in sorted(expected.keys() & checkpoint.tensors):
@@ -92,6 +95,21 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
         raise CheckpointError(
             f"{checkpoint.folder}: {len(faults)} tensors do not fit config.json: "
             f"{'; '.join(faults)}"
+        )
+
+
+def _require_floats(checkpoint: Checkpoint, expected: Mapping[str, object]) -> None:
+    """Refuse codes in the place of weights, which not every folder declares."""
+    codes = [
+        info
+        for name, info in checkpoint.tensors.items()
+        if name in expected and info.dtype not in _FLOATS and not name.endswith(_INTEGERS)
+    ]
+    if codes:
+        more = f" (and {len(codes) - 1} more tensors)" if codes[1:] else ""
+        raise CheckpointError(
+            f"{codes[0].file}: {codes[0].name}: required one of {', '.join(_FLOATS)}, got "
+            f"{codes[0].dtype}{more}; give the BF16 checkpoint that it was made from"
         )
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import nvvl.model
 from nvvl.errors import ConfigError, first_line
 
-# Data and text only: weights as pickles and Python code are never fetched.
-_HUB_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]
+# Weights as pickles are never fetched. Code files are, because an output gets a copy of them for
+# servers that run them; nvvl never imports or runs one.
+_HUB_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
 _HUB_WEIGHTS = ["*.safetensors"]
 
 

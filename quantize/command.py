@@ -10,6 +10,7 @@ import typer
 
 from nvvl.errors import DataError, RecipeError
 from nvvl.options import (
+    SET_HELP,
     CalibArgument,
     DeviceOption,
     JsonOption,
@@ -34,11 +35,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     *,
     calib: Annotated[
-        str,
-        typer.Option(
-            metavar="SET", help="Calibration set: default, a folder of images, or a JSONL file."
-        ),
-    ] = "default",
+        str | None, typer.Option(metavar="SET", help=SET_HELP, show_default="default")
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
     ] = None,
@@ -73,16 +71,18 @@ def quantize(
     processes = Processes(choose_device(device))
     with processes.agreed():
         chosen = choose_recipe(preset, recipe, samples)
+        calibrated = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
+        needs_items = calibrated and from_calibration is None
+        if not needs_items and (calib is not None or samples is not None):
+            given = "--from-calibration" if calibrated else f"recipe {chosen.name}"
+            raise DataError(f"{given} runs no calibration items: leave out --calib and --samples")
         source = resolve_model(model)
         limits = default_limits()
         if memory is not None:
             planned = make_plan(source, chosen, calibrate=from_calibration is None)
             limits = choose_limits(planned.estimate, parse_memory(memory))
         items = None
-        if from_calibration is not None and (calib != "default" or samples is not None):
-            raise DataError("--from-calibration takes no --calib and no --samples: leave them out")
-        needs_items = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
-        if needs_items and from_calibration is None:
+        if needs_items:
             num_items = chosen.num_calibration_items
             items = load_calibration_set(calib, num_items=num_items, seed=seed)
     shown = show_progress() if processes.is_main else nullcontext(None)

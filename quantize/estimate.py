@@ -4,7 +4,9 @@ Memory follows the walk: the block at work with its weights in BF16, the one bei
 being written beside it, what a span of tokens needs inside a block, and the calibration items as
 they are carried along. With less memory than that the items go to disk, then the neighbouring
 blocks go (`choose_limits`). What the items will be is not known before they are drawn, so a typical
-one is assumed; the limit that follows from ``--memory`` holds whatever they are.
+one is assumed between blocks, and inside a block a whole span, the most that any item takes there.
+The limit that follows from ``--memory`` so holds for longer ones too, but for the embeddings of the
+few items at work, some MB for a thousand tokens.
 
 Time comes from rates: products of matrices and hashing are measured for some hundredths of a second
 on this machine, a GPU's are stored.
@@ -250,19 +252,19 @@ def estimate_run(
         seconds=source_bytes * _WORK_PER_HASHED_BYTE / rates.hashed_bytes + flops / rate,
         rates=rates.text + stored,
         assumed=f"{items} items of {_TILES_PER_ITEM} tiles and {_TEXT_TOKENS_PER_ITEM} text tokens"
+        f", {SPAN_TOKENS} tokens at once inside a block"
         if items
         else "no calibration items",
     )
 
 
 def _widest_activation(config: VLMConfig) -> int:
-    """Count the elements of the widest tensor inside a block, for a span of one item."""
+    """Count the elements of the widest tensor inside a block, for a whole span of an item."""
     language = config.language
     widest = max(language.intermediate_size, 2 * language.mamba_inner_size + 2 * language.conv_dim)
-    tokens = _TILES_PER_ITEM * config.tokens_per_tile + _TEXT_TOKENS_PER_ITEM
     patches = (config.image_size // config.vision.patch_size) ** 2 + config.vision.num_prefix_tokens
     return max(
-        min(SPAN_TOKENS, tokens) * widest,
+        SPAN_TOKENS * widest,
         SPAN_TILES * patches * config.vision.intermediate_size,
         SPAN_TILES * config.tokens_per_tile * config.projector_hidden_size,
     )

@@ -16,6 +16,8 @@ A run that was made from something else is refused with what differs.
 import hashlib
 import json
 import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,10 @@ from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
+from nvvl.compiler import describe_cpu
 from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.hashing import hash_file
 from nvvl.model.products import has_bf16_units
 from nvvl.model.scan import allowed_scan
 from nvvl.quantize.manifest import TensorRecord, library_versions
@@ -195,7 +199,7 @@ def describe_run(
     identity |= {f"recipe.{key}": json.dumps(value) for key, value in recipe.to_dict().items()}
     for path in [checkpoint.folder / "config.json", *copied_files(checkpoint.folder)]:
         try:
-            identity[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            identity[f"source {path.name}"] = hash_file(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
@@ -207,14 +211,26 @@ def describe_run(
 
 
 def describe_arithmetic(device: torch.device) -> dict[str, str]:
-    """Say what the rounding of activations depends on, and with it the amax of inputs."""
+    """Say what the rounding of activations depends on, and with it the amax of inputs.
+
+    Libraries and compiled kernels sum in another order on another processor, of the same class too.
+    """
     if device.type == "cuda":
         return {"GPU": torch.cuda.get_device_name(device)}
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor model": _name_cpu(),
         "products": "bfloat16" if has_bf16_units() else "float32",
         "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
     }
+
+
+def _name_cpu() -> str:
+    """Name this processor; the hash tells it from others that virtual machines give one name."""
+    described = describe_cpu()
+    name = re.search(r"^model name\s*: (.*)$", described, re.MULTILINE)
+    digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+    return f"{name[1] if name else platform.machine()} ({digest})"
 
 
 def read_journal(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
@@ -258,7 +274,7 @@ def _compare(
     """List how the run that left a journal differs from this one."""
     differences = [
         f"{key}: {found.get(key, 'nothing')} then, {identity.get(key, 'nothing')} now"
-        for key in sorted(found.keys() | identity.keys())
+        for key in {**found, **identity}
         if found.get(key) != identity.get(key)
     ]
     if not differences:

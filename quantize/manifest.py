@@ -4,7 +4,6 @@
 the same bytes; comparing two manifests then says what differs.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import nvvl
 from nvvl.errors import CheckpointError, writing
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.staging import MANIFEST_NAME
 
 _VERSIONED = ("torch", "nvidia-modelopt", "transformers", "safetensors")
@@ -127,7 +127,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     Shards are covered tensor by tensor, which can be hashed while they are written.
     """
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name: hash_file(path)
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST_NAME and not fnmatchcase(path.name, "model*.safetensors")
     }

@@ -142,10 +142,9 @@ class Recipe:
         """Return the text of a file that `from_toml` reads back to an equal recipe."""
         values = self.to_dict()
         rules = values.pop("rules")
-        # JSON strings, numbers and lists of integers are valid TOML as they stand
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines = _toml_lines(values)
         for rule in rules:
-            lines += ["", "[[rules]]", *(f"{key} = {json.dumps(v)}" for key, v in rule.items())]
+            lines += ["", "[[rules]]", *_toml_lines(rule)]
         return "\n".join(lines) + "\n"
 
 
@@ -153,6 +152,13 @@ def near_names(name: str, known: list[str]) -> str:
     """Return a hint ``; did you mean a, b`` for a name that is not known, or nothing."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}" if near else ""
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    """Write each value on a line; JSON strings, numbers and lists of integers are valid TOML."""
+    # TOML knows no surrogate pairs, so nothing is escaped that need not be; but DEL must be there
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    return [f"{key} = {text}".replace("\x7f", r"\u007f") for key, text in texts.items()]
 
 
 def _rule_from_dict(values: Mapping[str, Any]) -> Rule:

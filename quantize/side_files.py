@@ -29,7 +29,8 @@ RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
 ROTATION_NAME = "rotation.json"  # what nvvl rotate did to the source; copied as any small file
 
-# Not copied from a source folder: weights of any kind, hidden files, and what is written anew.
+# Not copied from a source folder: weights of any kind, archives, hidden files, and what is written
+# anew.
 _NOT_COPIED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -37,8 +38,16 @@ _NOT_COPIED = (
     "*.bin.index.json",
     "*.pt",
     "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
     "*.gguf",
     "*.onnx",
+    "*.onnx_data",
+    "*.tar",
+    "*.tar.*",
+    "*.tgz",
+    "*.zip",
     ".*",
     "config.json",
     HF_QUANT_CONFIG_NAME,

@@ -22,7 +22,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,29 +82,33 @@ def resumable_stage(out: Path) -> Stage:
 
 
 @contextmanager
-def staged_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Path]:
+def staged_folder(
+    out: Path, *, source: Path, overwrite: bool, others: Sequence[Path] = ()
+) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` when the block ends without an exception.
 
     Args:
         out: The final folder; its parents are made.
         source: A folder that must survive.
         overwrite: Whether an earlier output at ``out`` may be replaced.
+        others: More folders that must survive.
 
     Raises:
         OutputError: if ``out`` exists and may not be replaced, or cannot be made; a finished output
             that only did not get its name is kept, and the error says where.
     """
     out = Path(out).absolute()
-    _require_free(out, source=source, overwrite=overwrite)
+    sources = (source, *others)
+    _require_free(out, sources, overwrite=overwrite)
     stage = Stage(out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}"))
-    with _locked(stage.root):
+    with locked(stage.root):
         try:
             stage.output.mkdir()
             yield stage.output
         except BaseException:
             shutil.rmtree(stage.root, ignore_errors=True)
             raise
-        _replace(out, stage, source=source, overwrite=overwrite)
+        _replace(out, stage, sources, overwrite=overwrite)
 
 
 @contextmanager
@@ -122,9 +126,9 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
         KeyboardInterrupt: again, saying how to go on.
     """
     out = Path(out).absolute()
-    _require_free(out, source=source, overwrite=overwrite)
+    _require_free(out, [source], overwrite=overwrite)
     stage = resumable_stage(out)
-    with _locked(stage.root):
+    with locked(stage.root):
         with writing(stage.root):
             if out.exists() and not stage.output.exists() and stage.is_ours():
                 stage.clear()  # of a run killed after its output took its name
@@ -132,7 +136,7 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
             resumed = stage.has_blocks()
         try:
             yield stage
-            _replace(out, stage, source=source, overwrite=overwrite)
+            _replace(out, stage, [source], overwrite=overwrite)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; finished blocks are kept in {stage.root}, and the same command "
@@ -147,8 +151,12 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Make a folder and hold it; the system lets go when the process ends, however it ends."""
+def locked(root: Path) -> Iterator[None]:
+    """Make a folder and hold it; the system lets go when the process ends, however it ends.
+
+    Raises:
+        OutputError: if it cannot be made, or another run holds it.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(root, os.O_RDONLY)
@@ -167,11 +175,11 @@ def _locked(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
+def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
     with writing(out):
-        source = Path(source).resolve()
-        if out.resolve() == source or out.resolve() in source.parents:
-            raise OutputError(f"{out}: holds the source checkpoint; choose another OUT")
+        for source in sources:
+            if out.resolve() in (source.resolve(), *source.resolve().parents):
+                raise OutputError(f"{out}: holds {source}, which is read; choose another OUT")
         if not out.exists() and not out.is_symlink():
             return
         if os.path.ismount(out):
@@ -189,10 +197,10 @@ def _require_free(out: Path, *, source: Path, overwrite: bool) -> None:
             )
 
 
-def _replace(out: Path, stage: Stage, *, source: Path, overwrite: bool) -> None:
+def _replace(out: Path, stage: Stage, sources: Sequence[Path], *, overwrite: bool) -> None:
     kept = f"the finished output is kept as {stage.output}"
     try:
-        _require_free(out, source=source, overwrite=overwrite)
+        _require_free(out, sources, overwrite=overwrite)
     except OutputError as error:  # made by somebody else meanwhile
         raise OutputError(f"{error}; {kept}") from None
     try:

@@ -3,10 +3,10 @@
 The largest input of a linear does not depend on the format that it is then stored in, because
 calibration runs the BF16 model. So one calibration serves every recipe over the same layers, and
 the bytes are those of a run that calibrated for itself. Scales chosen by ``image_weight`` do depend
-on the format, and serve that format alone.
+on the format, and serve that format alone. A distilled run has none to give: its weights were
+trained after calibration, and its scales may have been.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nvvl.errors import CalibrationError, CheckpointError, RecipeError
+from nvvl.model.hashing import hash_file
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.manifest import Manifest
@@ -52,12 +53,18 @@ class StoredCalibration:
 
         Raises:
             CheckpointError: if a file is missing, malformed, or not the one the run wrote.
+            CalibrationError: if the run was distilled, so that its weights were not calibrated.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
+        if manifest.distillation:
+            raise CalibrationError(
+                f"{folder}: is a distilled run, whose input scales were not calibrated on its "
+                "weights; leave out --from-calibration to calibrate on them"
+            )
         path = folder / CALIBRATION_NAME
         header = read_header(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = hash_file(path)
         if manifest.files.get(CALIBRATION_NAME) != sha256:
             raise CheckpointError(
                 f"{path}: its hash is not the one in manifest.json; it changed after it was "

@@ -1,4 +1,4 @@
-"""A Hub model card of a written checkpoint, with the numbers that were measured.
+"""A Hub model card of a quantized checkpoint, with the numbers that were measured.
 
 The card is written beside the report, not into the checkpoint: the folder is what was proved, and
 a file put into it would be a file that its manifest does not know. Copy it there when you publish.
@@ -24,10 +24,10 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
         evidence: what is known of the checkpoint.
 
     Raises:
-        ValueError: if nvvl did not write the checkpoint, so nothing is known of how it was made.
+        ValueError: if nvvl did not quantize the checkpoint, so no recipe of it is known.
     """
     if evidence.manifest is None or evidence.recipe is None:
-        raise ValueError(f"{run.label}: required a checkpoint that nvvl wrote")
+        raise ValueError(f"{run.label}: required a checkpoint that nvvl quantized")
     place = report.runs.index(run)
     tasks = [task for task in report.tasks if run.label in task.outs]
     return (

@@ -27,7 +27,9 @@ TeacherOption = Annotated[
 ]
 LabelOption = Annotated[
     list[str] | None,
-    typer.Option(help="Name in reports, once for each MODEL; else its folder's."),
+    typer.Option(
+        help="Name in reports, once for each MODEL; else its folder's, or the end of a Hub id."
+    ),
 ]
 SweepKind = Literal["evs", "tiles", "depth"]
 BatchOption = Annotated[int, typer.Option(min=1, help="Items asked at a time.")]
@@ -150,6 +152,7 @@ def sweep(
                 batch_size=batch,
                 seed=seed,
                 device=device_name,
+                overwrite=overwrite,
                 progress=progress,
             )
             values, table = asdict(measured), depth_table(measured)
@@ -205,7 +208,7 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs item by item: a page, a model card of each checkpoint, JSON and a table."""
+    """Compare runs item by item: a page, a card of each quantized checkpoint, JSON and a table."""
     _show_report(runs, out, as_json, proofs=proof or (), sweeps=sweep or ())
 
 
@@ -237,7 +240,7 @@ def demo(
 def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Path, str]:
     """Return folder and label of each model; the label also names the folder of its run."""
     folders = [resolve_model(model).resolve() for model in models]
-    names = [folder.name for folder in folders] if labels is None else list(labels)
+    names = list(map(_own_name, models, folders)) if labels is None else list(labels)
     if len(names) != len(folders):
         raise DataError(
             f"--label: required one for each of {len(folders)} models, got {len(names)}"
@@ -251,6 +254,11 @@ def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Pat
     if unfit:
         raise DataError(f"--label: {unfit[0]!r} cannot name a folder; leave out slashes")
     return dict(zip(folders, names, strict=True))
+
+
+def _own_name(model: str, folder: Path) -> str:
+    """Return the name of a folder, or the end of a Hub id, whose folder is named by a commit."""
+    return folder.name if Path(model).is_dir() else model.rpartition("/")[2]
 
 
 def _show_report(
@@ -319,7 +327,6 @@ def build_calibration_set(
     from nvvl.calib_data.spec import SetSpec, find_spec
     from nvvl.calib_data.summary import summary_tables
     from nvvl.console import print_json, print_table, show_progress
-    from nvvl.model.load import resolve_model
     from nvvl.model.processor import Processor
     from nvvl.reports.overlap import evaluation_sets
 
@@ -332,7 +339,7 @@ def build_calibration_set(
             read,
             out,
             base=file.parent,
-            processor=Processor.from_folder(resolve_model(read.model)),
+            processor=Processor.from_folder(resolve_model(read.model, weights=False)),
             suites=evaluation_sets(against or ()),
             skip_bad=skip_bad,
             allow_overlap=allow_overlap,

@@ -1,20 +1,22 @@
 """Curves on disk: what ``nvvl sweep`` has measured and ``nvvl report`` draws.
 
-``sweep.json`` has accuracy against speed while one setting changes, ``depth.json`` noise along the
-layers. No torch here: curves are drawn from these files alone.
+``sweep-evs.json`` and ``sweep-tiles.json`` have accuracy against speed while one setting changes,
+``depth.json`` noise along the layers. No torch here: curves are drawn from these files alone.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nvvl.errors import DataError, writing
+from nvvl.errors import DataError, OutputError, writing
 from nvvl.reports.compare import Interval
 
 SweepKind = Literal["evs", "tiles"]
 
-SWEEP_NAME = "sweep.json"
+CurveKind = Literal["evs", "tiles", "depth"]
+
 DEPTH_NAME = "depth.json"
 
 
@@ -86,6 +88,11 @@ class Sweep:
     machine: str
     nvvl_version: str
 
+    @property
+    def subjects(self) -> set[str]:
+        """The labels of the models and the names of the suites."""
+        return {point.label for point in self.points} | set(self.metrics)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNoise:
@@ -118,14 +125,23 @@ class Depth:
     layers: dict[str, tuple[LayerNoise, ...]]
     nvvl_version: str
 
+    @property
+    def subjects(self) -> set[str]:
+        """The labels of the models and the names of the suites."""
+        return {*self.layers, *self.suites}
 
-def load_sweep(out: Path) -> Sweep:
-    """Read the ``sweep.json`` of a folder, or the file itself.
+
+def curves_path(kind: CurveKind, out: Path) -> Path:
+    """Return where the curves of a kind lie in a folder of ``nvvl sweep``."""
+    return out / (DEPTH_NAME if kind == "depth" else f"sweep-{kind}.json")
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a ``sweep-KIND.json``.
 
     Raises:
         DataError: if it is missing or something else.
     """
-    path = out / SWEEP_NAME if out.is_dir() else out
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["kind"] not in get_args(SweepKind):
@@ -137,13 +153,12 @@ def load_sweep(out: Path) -> Sweep:
         raise DataError(f"{path}: required what nvvl sweep has written ({error!r})") from None
 
 
-def load_depth(out: Path) -> Depth:
-    """Read the ``depth.json`` of a folder, or the file itself.
+def load_depth(path: Path) -> Depth:
+    """Read a ``depth.json``.
 
     Raises:
         DataError: if it is missing or something else.
     """
-    path = out / DEPTH_NAME if out.is_dir() else out
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         layers = {
@@ -163,22 +178,50 @@ def load_curves(out: Path) -> tuple[list[Sweep], list[Depth]]:
     Raises:
         DataError: if it holds neither, or one that is not what it should be.
     """
-    sweeps = [load_sweep(out / SWEEP_NAME)] if (out / SWEEP_NAME).is_file() else []
-    depths = [load_depth(out / DEPTH_NAME)] if (out / DEPTH_NAME).is_file() else []
+    paths = [curves_path(kind, out) for kind in get_args(SweepKind)]
+    sweeps = [load_sweep(path) for path in paths if path.is_file()]
+    depth = curves_path("depth", out)
+    depths = [load_depth(depth)] if depth.is_file() else []
     if not sweeps and not depths:
-        raise DataError(
-            f"{out}: has no {SWEEP_NAME} and no {DEPTH_NAME}; give a folder of nvvl sweep"
-        )
+        names = " and no ".join(path.name for path in (*paths, depth))
+        raise DataError(f"{out}: has no {names}; give a folder of nvvl sweep")
     return sweeps, depths
 
 
+def require_replaceable(
+    kind: CurveKind, out: Path, subjects: Iterable[str], *, overwrite: bool
+) -> None:
+    """Refuse to replace curves that the new ones have no equal of.
+
+    Args:
+        kind: of the curves to be measured.
+        out: the folder they are to be written to.
+        subjects: labels of the models and names of the suites to be measured.
+        overwrite: replace them all the same.
+
+    Raises:
+        OutputError: if curves of other models or suites are there.
+        DataError: if what is there cannot be read.
+    """
+    path = curves_path(kind, out)
+    if overwrite or not path.exists():
+        return
+    present: Sweep | Depth = load_depth(path) if kind == "depth" else load_sweep(path)
+    lost = sorted(present.subjects - set(subjects))
+    if lost:
+        raise OutputError(
+            f"{path}: has curves of {', '.join(lost)}, which would be lost; give another folder, "
+            "measure them again with these, or say --overwrite"
+        )
+
+
 def write_curves(curves: Sweep | Depth, out: Path) -> None:
-    """Write ``sweep.json`` or ``depth.json`` into a folder, made if needed.
+    """Write the file of curves into a folder, made if needed.
 
     Raises:
         OutputError: if it cannot be written.
     """
-    path = out / (SWEEP_NAME if isinstance(curves, Sweep) else DEPTH_NAME)
+    path = curves_path(curves.kind if isinstance(curves, Sweep) else "depth", out)
     with writing(path):
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curves), indent=2) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals
-from nvvl.reports.curves import Depth, LayerNoise, write_curves
+from nvvl.reports.curves import Depth, LayerNoise, require_replaceable, write_curves
 from nvvl.reports.metrics import logit_divergence
 from nvvl.reports.question import (
     Encoded,
@@ -38,6 +38,7 @@ from nvvl.reports.question import (
     prepare_question,
 )
 from nvvl.reports.suites import Suite
+from nvvl.reports.teacher import require_bf16
 
 # (label and suite, questions done, questions in all)
 ProgressCallback = Callable[[str, int, int], None]
@@ -62,6 +63,7 @@ def measure_depth(
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Depth:
     """Measure the curves of each model and write ``depth.json``.
@@ -76,13 +78,17 @@ def measure_depth(
         seed: of the questions.
         device: where the models run.
         dtype: of their computation.
+        overwrite: replace curves of other models or suites.
         progress: called after each batch.
 
     Raises:
         DataError: if a model has other layers than the reference.
-        OutputError: if the file cannot be written.
-        ConfigError, CheckpointError: if a model cannot be loaded.
+        OutputError: if the file cannot be written, or holds curves of other models or suites.
+        ConfigError, CheckpointError: if a model cannot be loaded, or the reference is quantized.
     """
+    require_bf16(reference)
+    subjects = (*candidates, *(suite.name for suite in suites))
+    require_replaceable("depth", out, subjects, overwrite=overwrite)
     source = load_any(reference, dtype=dtype, device=device)
     processor = Processor.from_folder(reference)
     questions = [

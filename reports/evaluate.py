@@ -17,6 +17,7 @@ kept, only what the text gives away.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,9 @@ import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
+from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.load import load_any
+from nvvl.quantize.staging import locked
 from nvvl.reports.journal import Journal
 from nvvl.reports.measure import Panel, Response
 from nvvl.reports.metrics import (
@@ -48,6 +51,7 @@ from nvvl.reports.run import (
     fingerprint,
 )
 from nvvl.reports.suites import Suite
+from nvvl.reports.teacher import require_bf16
 
 # (suite, answers there are in all runs, answers there will be)
 ProgressCallback = Callable[[str, int, int], None]
@@ -132,30 +136,36 @@ def evaluate(
         The finished run of each candidate, as `load_run` reads it from its folder.
 
     Raises:
-        DataError: if no suite is given, an item cannot be used, or the checkpoints do not take the
-            same tokens and pixels.
-        OutputError: if a run's folder holds something else.
-        ConfigError, CheckpointError: if a checkpoint cannot be loaded.
+        DataError: if no suite is given, none has videos to prune, an item cannot be used, or the
+            checkpoints do not take the same tokens and pixels.
+        OutputError: if a run's folder holds something else, or another run is writing there.
+        ConfigError, CheckpointError: if a checkpoint cannot be loaded, or the teacher is quantized.
     """
     options = options or Options()
     if not suites or not candidates:
         raise DataError("evaluate: required at least one suite and one checkpoint")
     _require_items(suites, options.num_items)
     _require_gate(suites[0], options)
+    _require_videos(suites, candidates)
     if len({Path(candidate.out).resolve() for candidate in candidates}) < len(candidates):
         raise DataError("evaluate: required another folder for the run of each checkpoint")
     folders = [Path(candidate.folder) for candidate in candidates]
     # Wrong folders are named before any weight is read or anything is written.
     processor = _require_same_inputs(folders if teacher is None else [*folders, Path(teacher)])
-    teacher_sha256 = None if teacher is None else fingerprint(Path(teacher))
-    journals = [
-        _open_journal(candidate, suites, options, teacher_sha256, overwrite)
-        for candidate in candidates
-    ]
-    session = _Session(suites, options, processor, journals, progress)
-    if session.num_missing:
-        session.answer_all(_load_panel(folders, teacher, journals, processor, options))
-    return [journal.finish() for journal in journals]
+    if teacher is not None:
+        require_bf16(Path(teacher))
+    with ExitStack() as held:
+        for candidate in candidates:
+            held.enter_context(locked(Path(candidate.out)))
+        teacher_sha256 = None if teacher is None else fingerprint(Path(teacher))
+        journals = [
+            _open_journal(candidate, suites, options, teacher_sha256, overwrite)
+            for candidate in candidates
+        ]
+        session = _Session(suites, options, processor, journals, progress)
+        if session.num_missing:
+            session.answer_all(_load_panel(folders, teacher, journals, processor, options))
+        return [journal.finish() for journal in journals]
 
 
 def _open_journal(
@@ -177,6 +187,7 @@ def _open_journal(
         gate_suite=suites[0].name if options.gate_items else None,
         gate_items=options.gate_items,
         device=options.device,
+        arithmetic=describe_arithmetic(torch.device(options.device)),
         dtype=str(options.dtype).removeprefix("torch."),
         max_num_tiles=options.max_num_tiles,
         pruning_rate=candidate.pruning_rate,
@@ -355,10 +366,20 @@ def _require_items(suites: Sequence[Suite], num_items: int) -> None:
 
 def _require_gate(suite: Suite, options: Options) -> None:
     """Refuse to put the gate's questions to a suite without images, before anything is asked."""
-    if options.gate_items and not suite.make_item(0, options.seed).images:
+    if options.gate_items and not suite.has_images:
         raise DataError(
             f"{suite.name}: the image gate needs images, and this suite, the first, has none; put "
             "another suite first, or leave the gate out (--gate 0)"
+        )
+
+
+def _require_videos(suites: Sequence[Suite], candidates: Sequence[Candidate]) -> None:
+    """Refuse to call answers pruned where there is nothing to prune."""
+    rate = max(candidate.pruning_rate for candidate in candidates)
+    if rate and not any(suite.has_videos for suite in suites):
+        raise DataError(
+            f"pruning_rate {rate:g}: the suites {', '.join(suite.name for suite in suites)} have "
+            "no videos to prune; ask the suite video too, or leave the rate out (--evs)"
         )
 
 

@@ -1,9 +1,9 @@
 """What is known of the checkpoint behind a run: how it was made, and whether it was proved.
 
-A checkpoint written by nvvl carries its recipe and its manifest. The outcome of ``nvvl verify``
-is kept outside of it, since the folder is what is proved: a JSON file that is given, or
-``verify-NAME.json`` beside the folder ``NAME``, where the demo puts it. A proof older than a file
-of the checkpoint is refused, because it may speak of other bytes.
+A checkpoint written by nvvl carries its manifest, and a quantized one its recipe. The outcome of
+``nvvl verify`` is kept outside of it, since the folder is what is proved: a JSON file that is
+given, or ``verify-NAME.json`` beside the folder ``NAME``, where the demo puts it. A proof older
+than a file of the checkpoint is refused, because it may speak of other bytes.
 """
 
 import hashlib
@@ -26,6 +26,9 @@ from nvvl.reports.run import RunResult
 
 # Name of a proof beside the checkpoint whose name is put in.
 PROOF_NAME = "verify-{}.json"
+
+# What the manifest of BF16 weights, rotated or trained, has in place of a recipe's name.
+_BF16 = "bf16"
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Evidence:
     """What is known of the checkpoint behind a run.
 
     Attributes:
-        manifest: None if nvvl did not write the checkpoint, as for a BF16 source.
-        recipe: the recipe in force; None as above.
+        manifest: None if nvvl did not write the checkpoint, as for a released one.
+        recipe: the recipe in force; None as above, and for BF16 weights that nvvl wrote.
         num_linears: how many linears have each format.
         proof: None if ``nvvl verify`` was not run.
         engines: None if none were built.
@@ -173,7 +176,8 @@ def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
     formats: Mapping[str, str] = {}
     if (folder / MANIFEST_NAME).is_file():
         manifest = Manifest.read(folder)
-        recipe, formats = _read_recipe(folder / RECIPE_NAME)
+        if manifest.format != _BF16:
+            recipe, formats = _read_recipe(folder / RECIPE_NAME)
     return Evidence(
         manifest=manifest,
         recipe=recipe,

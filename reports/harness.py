@@ -26,7 +26,9 @@ import torch
 
 import nvvl
 from nvvl.errors import DataError, HardwareError
+from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.load import load_any
+from nvvl.quantize.staging import locked
 from nvvl.reports.harness_output import read_output
 from nvvl.reports.harness_run import (
     RESPONSES_NAME,
@@ -112,24 +114,26 @@ def run_tasks(
     Raises:
         HardwareError: if lm-eval is not installed.
         DataError: if a task is unknown, its data cannot be had, or it needs sampling.
-        OutputError: if the folder holds results of other settings.
+        OutputError: if the folder holds results of other settings, or another run is writing
+            there.
         ConfigError, CheckpointError: if the checkpoint cannot be loaded.
     """
     require_lm_eval()
     options = options or HarnessOptions()
     manager = _open_tasks(tasks, tasks_folder)
-    store = HarnessStore.open(
-        _new_run(folder, out, options, tasks_folder, label), overwrite=overwrite
-    )
-    missing = [task for task in tasks if task not in store.run.tasks]
-    with _quiet_harness(all_local=set(missing) <= set(LOCAL_TASKS)):
-        loaded = {task: _load_task(manager, task, options) for task in missing}
-        store.begin(missing)
-        if missing:
-            model = _load_model(folder, out, options, store.run.label, progress)
-            for task in missing:
-                store.finish(task, *_run_task(model, loaded[task], options))
-    return store.run.select(tasks)
+    with locked(out):
+        store = HarnessStore.open(
+            _new_run(folder, out, options, tasks_folder, label), overwrite=overwrite
+        )
+        missing = [task for task in tasks if task not in store.run.tasks]
+        with _quiet_harness(all_local=set(missing) <= set(LOCAL_TASKS)):
+            loaded = {task: _load_task(manager, task, options) for task in missing}
+            store.begin(missing)
+            if missing:
+                model = _load_model(folder, out, options, store.run.label, progress)
+                for task in missing:
+                    store.finish(task, *_run_task(model, loaded[task], options))
+        return store.run.select(tasks)
 
 
 def require_lm_eval() -> None:
@@ -159,6 +163,7 @@ def _new_run(
             batch_size=options.batch_size,
             max_length=options.max_length,
             device=options.device,
+            arithmetic=describe_arithmetic(torch.device(options.device)),
             dtype=str(options.dtype).removeprefix("torch."),
             tasks_folder=None if tasks_folder is None else str(tasks_folder),
             tasks_sha256=None if tasks_folder is None else _hash_tasks(tasks_folder),

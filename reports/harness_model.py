@@ -34,6 +34,12 @@ ProgressCallback = Callable[[str, int, int], None]
 
 _HEAD_ROWS = 512  # tokens whose logits are held at once: (512, V) float32
 
+# How prompts in the chat template end. The processor encodes the answer apart, as it is generated.
+_OPENINGS = tuple(
+    render_prompt([Message("user", "")], reasoning=reasoning).rpartition("\n<SPECIAL_11>")[2]
+    for reasoning in (False, True)
+)
+
 
 class _Scored(NamedTuple):
     """Tokens to score: the ids a model reads, and how many of the last are predicted."""
@@ -156,7 +162,12 @@ class HarnessModel(LM):  # type: ignore[misc]
         return ids
 
     def _encode_pair(self, context: str, continuation: str) -> _Scored:
-        """Encode both as one text; spaces between them belong to the continuation."""
+        """Encode both as one text, but an answer apart from the opening of its turn.
+
+        Spaces between them belong to the continuation.
+        """
+        if context.endswith(_OPENINGS):
+            return self._shorten(self._encode(context), self._encode(continuation))
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         before = self._encode(bare)

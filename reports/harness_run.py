@@ -11,7 +11,7 @@ No torch and no lm-eval here: reports are made from these files alone.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class HarnessSettings:
         num_fewshot: as asked for; None for what each task says.
         chat: whether prompts were put into the model's chat template.
         max_length: most tokens of a request.
+        arithmetic: as in `nvvl.reports.run.Settings`.
         tasks_folder: with task files of the user's own.
         tasks_sha256: of these files.
     """
@@ -47,6 +48,7 @@ class HarnessSettings:
     batch_size: int
     max_length: int
     device: str
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
     dtype: str
     tasks_folder: str | None
     tasks_sha256: str | None

@@ -21,6 +21,7 @@ from nvvl.reports.harness_run import (
     read_harness_run,
 )
 from nvvl.reports.journal import replace_text
+from nvvl.reports.run import settings_by_name
 
 
 class HarnessStore:
@@ -102,8 +103,8 @@ def _take_up(run: HarnessRun, present: HarnessRun) -> HarnessRun:
 
 def _differing(present: HarnessSettings, asked: HarnessSettings) -> list[str]:
     """Name the settings in which two runs differ, sorted."""
-    there, wanted = asdict(present), asdict(asked)
-    return sorted(name for name in wanted if there[name] != wanted[name])
+    there, wanted = settings_by_name(asdict(present)), settings_by_name(asdict(asked))
+    return sorted(name for name in {**there, **wanted} if there.get(name) != wanted.get(name))
 
 
 def _to_lines(items: Iterable[Sequence[ItemScores]]) -> str:

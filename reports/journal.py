@@ -7,7 +7,7 @@ half a line, which reading drops; a window of which only a part was kept is aske
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nvvl.reports.run import (
     load_run,
     read_answers,
     read_settings,
+    settings_by_name,
 )
 
 
@@ -104,10 +105,11 @@ class Journal:
 
 def _describe_difference(present: Settings, asked: Settings) -> str | None:
     """Name the first setting in which two runs differ; None if they are the same."""
-    for field in fields(Settings):
-        there, wanted = getattr(present, field.name), getattr(asked, field.name)
-        if there != wanted:
-            return f"{field.name} {there}, asked for {wanted}"
+    there, wanted = settings_by_name(asdict(present)), settings_by_name(asdict(asked))
+    for name in {**wanted, **there}:
+        before, now = there.get(name, "unknown"), wanted.get(name, "unknown")
+        if before != now:
+            return f"{name} {before}, asked for {now}"
     return None
 
 

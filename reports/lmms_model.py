@@ -86,20 +86,27 @@ class NvvlModel(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return a greedy answer to each request, cut before the first stop string.
 
+        Pictures are opened a batch at a time, so requests are sorted by what is known without
+        them: the length of the text.
+
         Raises:
-            DataError: if a task samples, or its images cannot be used.
+            DataError: if a task samples, which is said before any answer, or its images cannot be
+                used.
         """
         texts: dict[int, str] = {}
-        prompts = [self._prepare(*request.args) for request in requests]
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place][0].input_ids))
+        settings = [
+            GenerationSettings.read(request.args[1], default=_DEFAULT_NEW_TOKENS)
+            for request in requests
+        ]
+        order = sorted(range(len(requests)), key=lambda place: -len(requests[place].args[0]))
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
-            answers = self._write([prompts[place] for place in places])
-            for place, text in zip(places, answers, strict=True):
+            batch = [(self._prepare(*requests[place].args), settings[place]) for place in places]
+            for place, text in zip(places, self._write(batch), strict=True):
                 texts[place] = text
-                context, settings, *_ = requests[place].args
-                self.cache_hook.add_partial("generate_until", (context, settings), text)
-        return [texts[place] for place in range(len(prompts))]
+                context, values, *_ = requests[place].args
+                self.cache_hook.add_partial("generate_until", (context, values), text)
+        return [texts[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuse: tasks that score given answers are not served."""
@@ -115,24 +122,23 @@ class NvvlModel(lmms):  # type: ignore[misc]
     def _prepare(
         self,
         context: str,
-        settings: dict[str, Any],
+        _: dict[str, Any],
         doc_to_visual: Any,
         doc_id: int,
         task: str,
         split: str,
-    ) -> tuple[ModelInputs, GenerationSettings]:
+    ) -> ModelInputs:
         """Turn a request, as lmms-eval's simple models get it, into tokens and pixels."""
         visuals = _flatten(doc_to_visual(self.task_dict[task][split][doc_id]))
         images = [visual for visual in visuals if isinstance(visual, Image.Image)]
         videos = [_open_video(v, task) for v in visuals if not isinstance(v, Image.Image)]
-        inputs = self.processor(
+        return self.processor(
             [Message("user", self._place(context, len(images), len(videos)))],
             images=images,
             videos=videos,
             add_generation_prompt=True,
             max_num_tiles=self.max_num_tiles,
         )
-        return inputs, GenerationSettings.read(settings, default=_DEFAULT_NEW_TOKENS)
 
     def _place(self, context: str, num_images: int, num_videos: int) -> str:
         """Put placeholders before the text, unless the text has them all."""

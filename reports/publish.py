@@ -3,7 +3,7 @@
 RUN... -> report.html   the page to look at
           report.json   the numbers, unrounded; report.schema.json says what is in it
           report.md     the table
-          cards/LABEL/README.md   a model card of each checkpoint that nvvl wrote
+          cards/LABEL/README.md   a model card of each checkpoint that nvvl quantized
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def publish(
     _write(page, render_page(report, loaded, evidence))
     cards = {}
     for run in report.runs[1:]:
-        if evidence[run.label].manifest is not None:
+        if evidence[run.label].recipe is not None:
             cards[run.label] = folder / "cards" / run.label.replace("/", "-") / "README.md"
             _write(cards[run.label], render_card(report, run, evidence[run.label]))
     return Publication(report=report, page=page, data=data, table=table, cards=cards)

@@ -11,8 +11,8 @@ another model. No torch here: reports are made from answers alone.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class Settings:
         seed: seed of the generated items.
         gate_suite: suite whose first ``gate_items`` items are asked again with a blank image and
             with another item's image; None if the gate is not run.
+        arithmetic: what its rounding depends on, by name, as
+            `nvvl.quantize.journal.describe_arithmetic` says it; empty where it was not recorded.
         dtype: dtype of the computation, such as ``bfloat16``.
         max_num_tiles: limit of tiles an image; None for the model's own.
         pruning_rate: share of the tokens of each video that was dropped.
@@ -56,6 +58,7 @@ class Settings:
     gate_suite: str | None
     gate_items: int
     device: str
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
     dtype: str
     max_num_tiles: int | None
     pruning_rate: float
@@ -183,6 +186,12 @@ def load_run(out: Path) -> RunResult:
         raise DataError(f"{path}: missing {error.args[0]}") from None
 
 
+def settings_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run by name, each part of the arithmetic as one of them."""
+    others = {name: value for name, value in settings.items() if name != "arithmetic"}
+    return {**others, **settings["arithmetic"]}
+
+
 def fingerprint(folder: Path) -> str:
     """Return the sha256 of the names and contents of a model's safetensors and JSON files."""
     digest = hashlib.sha256()
@@ -236,7 +245,9 @@ def read_settings(path: Path) -> Settings:
         DataError: if the file is missing, does not parse, or has other keys than `Settings`.
     """
     values = _read_json(path).get("settings")
-    names = {field.name for field in fields(Settings)}
+    names = {setting.name for setting in fields(Settings)}
+    if isinstance(values, dict):
+        values = {"arithmetic": {}, **values}  # which earlier runs did not record
     if not isinstance(values, dict) or set(values) != names:
         raise DataError(
             f"{path}: settings must have exactly the keys {', '.join(sorted(names))}; "

@@ -47,6 +47,16 @@ class Suite:
         """Make the first items of the suite, one at a time."""
         return (self.make_item(index, seed) for index in range(num_items))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the items show images; a suite is all of one kind."""
+        return bool(self.make_item(0, 0).images)
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether the items show videos."""
+        return bool(self.make_item(0, 0).videos)
+
 
 def find_suites(names: Sequence[str]) -> list[Suite]:
     """Return the suites of these names.

@@ -5,7 +5,7 @@
 
 Every point is a run of its own, a folder ``OUT/LABEL/KIND-VALUE`` with every answer, so a sweep
 that was interrupted goes on, and any two points can be compared by ``nvvl report``. Times are taken
-again on each call. ``OUT/sweep.json`` has the curves; ``nvvl report --sweep OUT`` draws them.
+again on each call. ``OUT/sweep-KIND.json`` has the curves; ``nvvl report --sweep OUT`` draws them.
 
 The paper's own table of EVS (arXiv 2511.03929, figure 4) has the same columns, from 128 frames on a
 GPU; the generated videos have 4 to 8 frames.
@@ -20,7 +20,7 @@ from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals, paired_difference
-from nvvl.reports.curves import Point, Speed, Sweep, SweepKind, write_curves
+from nvvl.reports.curves import Point, Speed, Sweep, SweepKind, require_replaceable, write_curves
 from nvvl.reports.evaluate import Candidate, Options, ProgressCallback, evaluate
 from nvvl.reports.question import prepare_question
 from nvvl.reports.run import RunResult
@@ -48,7 +48,7 @@ def run_sweep(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Sweep:
-    """Evaluate models at each value of a setting, time them, and write ``sweep.json``.
+    """Evaluate models at each value of a setting, time them, and write ``sweep-KIND.json``.
 
     Args:
         kind: which setting.
@@ -60,17 +60,20 @@ def run_sweep(
         teacher: BF16 model to measure KL against.
         num_timed: questions to time.
         num_new_tokens: tokens to write to each of them.
-        overwrite: discard runs with other settings.
+        overwrite: discard runs with other settings, and curves of other models or suites.
         progress: called as `evaluate` does.
 
     Raises:
         DataError: if a suite has no videos to prune, or a value is out of range or given twice.
-        OutputError, ConfigError, CheckpointError: as `evaluate` does.
+        OutputError: if curves of other models or suites are there, and as `evaluate` does.
+        ConfigError, CheckpointError: as `evaluate` does.
     """
     suites = suites or find_suites(SUITES_OF[kind])
     values = values or VALUES[kind]
     _check_values(kind, values)
     _check_media(kind, suites)
+    subjects = (*candidates, *(suite.name for suite in suites))
+    require_replaceable(kind, out, subjects, overwrite=overwrite)
     options = replace(options, gate_items=0)
     runs = _run_all(kind, candidates, out, options, suites, values, teacher, overwrite, progress)
     num_timed = min(num_timed, options.num_items)
@@ -202,7 +205,6 @@ def _check_values(kind: SweepKind, values: Sequence[float]) -> None:
 
 def _check_media(kind: SweepKind, suites: Sequence[Suite]) -> None:
     for suite in suites:
-        item = suite.make_item(0, 0)
-        if not (item.videos if kind == "evs" else item.images):
+        if not (suite.has_videos if kind == "evs" else suite.has_images):
             what = "videos" if kind == "evs" else "images"
             raise DataError(f"sweep {kind}: the suite {suite.name} has no {what}")

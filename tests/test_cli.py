@@ -1,40 +1,37 @@
 """The command line: what it prints where, its exit codes, and how quickly it answers."""
 
+import io
 import json
+import os
+import re
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from PIL import Image
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
-from nvvl.cli import app
+from nvvl.cli import app, main, quantize_main
 from nvvl.quantize import walk as walk_module
 
-VERBS = [
-    ["plan"],
-    ["quantize"],
-    ["precompute"],
-    ["distill"],
-    ["verify"],
-    ["export", "onnx"],
-    ["export", "engine"],
-    ["export", "serve"],
-    ["evaluate"],
-    ["sweep"],
-    ["lm-eval"],
-    ["report"],
-    ["calib", "build"],
-    ["calib", "show"],
-    ["calib", "stats"],
-    ["chat"],
-    ["demo"],
-    ["path"],
-]
+
+def list_verbs(group: TyperGroup) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from ([name, *words] for words in list_verbs(command))
+        else:
+            yield [name]
+
+
+MAIN_GROUP: Any = typer.main.get_command(app)
+VERBS = list(list_verbs(MAIN_GROUP))
 
 
 def run(*arguments: object) -> Result:
@@ -102,6 +99,41 @@ def test_installed_commands_answer(command: str) -> None:
     assert done.returncode == 0
     assert "Usage: nvvl" in done.stdout
     assert ("FORMAT" in done.stdout) == (command == "nvvl-quantize")
+
+
+@pytest.mark.parametrize("verb", ["quantize", "calib show", "calib stats"])
+def test_help_says_what_a_set_may_be_and_what_the_seed_decides(verb: str) -> None:
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*verb.split(), "--help").stdout).split())
+    assert "default, a built set, a folder of images, or a JSONL file" in shown
+    assert "Which items are generated, or which of your own are taken" in shown
+
+
+def test_recorded_command_of_nvvl_quantize_can_be_given_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["nvvl-quantize", "nvfp4-w4a16", str(source), str(out)])
+    with pytest.raises(SystemExit) as end:
+        quantize_main()
+    assert end.value.code == 0
+    command, *arguments = json.loads((out / "manifest.json").read_text())["command"]
+    assert command == "nvvl"
+    assert run(*arguments, "--overwrite").exit_code == 0
+
+
+def test_file_name_that_is_not_utf8_is_printed_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (40, 30), "white").save(tmp_path / os.fsdecode(b"id\xe9.png"))
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding="utf-8")  # strict, as a terminal's
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["nvvl", "calib", "show", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    stdout.flush()
+    assert end.value.code == 0
+    assert rb"id\udce9.png" in written.getvalue()
 
 
 def test_error_of_the_user_is_one_line_and_exit_2() -> None:
@@ -181,7 +213,9 @@ def test_interrupted_run_says_how_to_go_on(
 def test_second_export_needs_no_calibration(quantized: Path, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["quantize", "nvfp4", source, out, "--from-calibration", quantized]
-    assert_user_error(run(*arguments, "--samples", "2"), "takes no --calib and no --samples")
+    for option in (("--samples", "2"), ("--calib", "default")):
+        refused = run(*arguments, *option)
+        assert_user_error(refused, "--from-calibration runs no", "leave out --calib and --samples")
     assert run(*arguments).exit_code == 0
     items = [
         json.loads((folder / "manifest.json").read_text())["calibration"]
@@ -347,6 +381,15 @@ def test_empty_calibration_set_writes_nothing(source: Path, tmp_path: Path) -> N
     result = run("quantize", "fp8", source, tmp_path / "out", "--calib", tmp_path / "empty")
     assert_user_error(result, "empty", "found none")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--calib", "nowhere"), ("--samples", "9")])
+def test_items_for_a_format_that_runs_none_are_refused(
+    option: tuple[str, str], source: Path, tmp_path: Path
+) -> None:
+    result = run("quantize", "nvfp4-w4a16", source, tmp_path / "out", *option)
+    assert_user_error(result, "nvfp4-w4a16 runs no calibration items", "leave out --calib")
+    assert not list(tmp_path.iterdir())
 
 
 def test_chat_answers_about_an_image(source: Path, tmp_path: Path) -> None:

@@ -138,11 +138,21 @@ def test_constraints_pin_every_direct_dependency(pyproject: dict[str, Any]) -> N
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [line for line in pins if "==" not in line] == []
-    project = pyproject["project"]
-    direct = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    direct += project["optional-dependencies"]["video"]
+    extras = pyproject["project"]["optional-dependencies"]
+    (own,) = [line for line in extras["dev"] if line.startswith("nvvl[")]
+    direct = [*pyproject["project"]["dependencies"], *extras["dev"]]
+    for extra in own.removeprefix("nvvl[").removesuffix("]").split(","):
+        direct += extras[extra]
+    assert "onnx" in requirement_names(direct)
     assert requirement_names(direct) - {"nvvl"} <= requirement_names(pins)
     assert "torch==2.13.0" in pins
+
+
+def test_ci_runs_what_a_contributor_does_in_the_same_order() -> None:
+    by_hand = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(".ci/run")[0]
+    told = re.findall(r"^    make ([\w-]+)", by_hand, re.MULTILINE)
+    in_ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert ["install", *re.findall(r"^make ([\w-]+)", in_ci, re.MULTILINE)] == told
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -239,6 +241,71 @@ def test_existing_folders_are_replaced_only_on_request(build: Build, tmp_path: P
     with pytest.raises(OutputError, match="other: exists; it is no calibration set"):
         build(PAGES, out="other", overwrite=True)
     assert (tmp_path / "other/mine.txt").read_text() == "keep"
+
+
+def test_what_came_to_stand_at_out_meanwhile_is_kept_and_so_is_the_set(
+    build: Build, tmp_path: Path
+) -> None:
+    def interfere() -> list[Item]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.txt").write_text("years of work")
+        return []
+
+    with pytest.raises(OutputError, match=r"out: exists; .*; the finished set is") as caught:
+        build(PAGES, suites={"exam": interfere}, overwrite=True)
+    assert (tmp_path / "out/thesis.txt").exists()
+    (kept,) = tmp_path.glob(".out.*")
+    assert str(caught.value).endswith(f"kept as {kept}")
+    assert len(load_calibration_set(kept, num_items=9).items) == 4
+
+
+def test_both_sets_are_kept_if_the_new_one_cannot_get_its_name(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build({**PAGES, "count": 1})
+    out, rename = tmp_path / "out", Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == out and not path.name.endswith(".old"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match=r"name \(Device or resource busy\); the finished set is"):
+        build(PAGES, overwrite=True)
+    (kept,) = tmp_path.glob(".out.*")
+    assert [len(load_calibration_set(f, num_items=9).items) for f in (out, kept)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *({"kind": kind, "path": "absent"} for kind in ("folder", "jsonl", "pdf", "video", "text")),
+        {"kind": "hub", "dataset": "parquet", "data_files": ["absent"], "text": "t", "count": 1},
+        {"kind": "shards", "dataset": ".", "subset": "absent", "count": 1},
+    ],
+    ids=lambda source: str(source["kind"]),
+)
+def test_a_source_that_is_not_there_is_named_before_anything_is_drawn(
+    build: Build, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object) -> None:
+        pytest.fail("drawn before the sources were looked at")
+
+    monkeypatch.setattr("nvvl.calib_data.build.ProcessPoolExecutor", draw)
+    with pytest.raises(DataError, match=r"last: .*absent"):
+        build(PAGES, {**source, "name": "last"}, suites={"exam": list}, jobs=2)
+
+
+def test_names_of_files_that_are_no_utf8_are_escaped(build: Build, tmp_path: Path) -> None:
+    good, bad = (os.fsdecode(name) for name in (b"menu\xe9.png", b"na\xefve.png"))
+    save_image(tmp_path / "images" / good)
+    (tmp_path / "images" / bad).write_bytes(b"no image")
+    build({"kind": "folder", "name": "mine", "path": "images"}, skip_bad=True)
+    (item,) = load_calibration_set(tmp_path / "out", num_items=9).items
+    assert item.item_id == r"mine/menu\udce9.png"
+    (left_out,) = read_manifest(tmp_path / "out")["sources"][0]["bad"]
+    assert left_out["id"] == bad
 
 
 def test_damage_is_found_when_the_set_is_used(build: Build, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nvvl.distill.embed import embed_items
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.train import Execution, distill
+from nvvl.distill.train_folder import hold_train_folder
 from nvvl.errors import CheckpointError, OutputError, RecipeError
 from nvvl.export.verify import verify
 from nvvl.model import products
@@ -27,7 +28,8 @@ from nvvl.model.processor import Processor
 from nvvl.model.vlm import Layer
 from nvvl.quantize.load import load_any
 from nvvl.quantize.pack import Amax
-from nvvl.quantize.recipe import Format
+from nvvl.quantize.recipe import Format, Recipe, Rule
+from nvvl.quantize.walk import quantize_checkpoint
 
 NVVL = Execution(command=["nvvl"])
 NUM_LAYERS = 7
@@ -44,6 +46,7 @@ def recipe() -> DistillRecipe:
         name="test",
         method="layers",
         learning_rate=1e-3,
+        safe_learning_rate=3e-3,
         num_steps=15,
         items_per_step=10,
         tokens_per_batch=160,
@@ -147,7 +150,7 @@ def save_whole(folder: Path) -> None:
     """Save the state of a run of the whole model."""
     state = StateFolder(folder, {"recipe": "x"})
     state.open(size_bytes=0, overwrite=False)
-    state.save(Standing(0, 1.0), {"a": torch.ones(3)}, None)
+    state.save(Standing(0, 1.0, 1.0), {"a": torch.ones(3)}, {"a": torch.ones(3)})
 
 
 def test_overwrite_goes_on_after_the_layers_that_are_whole(tmp_path: Path) -> None:
@@ -197,6 +200,88 @@ def test_layer_that_gets_no_better_stays_as_it_was(
     assert all(layer.error == layer.start_error for layer in result.layers)
     for name in Checkpoint(tiny_checkpoint).tensors:
         assert Checkpoint(result.bf16).sha256(name) == Checkpoint(tiny_checkpoint).sha256(name)
+
+
+def test_layer_that_stays_bf16_shows_the_error_of_those_before_it(
+    tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    rule = Rule(target="*.mixer.*", format="nvfp4", layers=(1, 4))
+    quantize_checkpoint(tiny_checkpoint, run, Recipe(name="two", rules=(rule,)), items)
+    short = dataclasses.replace(recipe, num_steps=1)
+    result = distill_blockwise(run, tiny_checkpoint, tmp_path / "out", short, items)
+    assert [index for index, layer in enumerate(result.layers) if layer.trained] == [1, 4]
+    for index, layer in enumerate(result.layers):
+        assert (layer.start_error > 0) == (index > 0), layer
+        assert layer.trained or layer.error == layer.start_error
+
+
+def test_rate_above_the_safe_one_warns_without_the_rates_of_whole_models(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    fast = dataclasses.replace(recipe, learning_rate=0.01)
+    with (
+        pytest.warns(UserWarning, match=r"^learning_rate 0\.01 is above 0\.003: ") as warned,
+        pytest.raises(OutputError, match="exists already"),
+    ):
+        distill_blockwise(run, tiny_checkpoint, tmp_path / "out", fast, items)
+    assert "2e-5" not in str(warned[0].message)
+
+
+def test_output_that_another_run_trains_is_refused(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    overwrite = Execution(overwrite=True)
+    with (
+        hold_train_folder(tmp_path / "out"),
+        pytest.raises(OutputError, match=r"out\.train: another run is writing there"),
+    ):
+        distill_blockwise(
+            run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=overwrite
+        )
+
+
+@pytest.mark.parametrize("read", ["run", "teacher"])
+def test_what_is_read_is_never_replaced(
+    read: str,
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    given = {"run": run, "teacher": tiny_checkpoint} | {read: out}
+    overwrite = Execution(overwrite=True)
+    with pytest.raises(OutputError, match=f"out: holds {out}, which is read"):
+        distill_blockwise(given["run"], given["teacher"], out, recipe, items, execution=overwrite)
+    assert (out / "manifest.json").exists()
+
+
+def test_run_of_another_processor_is_not_gone_on_with(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    short = dataclasses.replace(recipe, num_steps=1)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        distill_blockwise(
+            run, tiny_checkpoint, out, short, items, execution=Execution(progress=kill)
+        )
+    arithmetic = {"processor": "PDP-11"}
+    monkeypatch.setattr("nvvl.distill.blockwise.describe_arithmetic", lambda _: arithmetic)
+    with pytest.raises(OutputError, match=r"out\.train: holds a run with another .*processor"):
+        distill_blockwise(run, tiny_checkpoint, out, short, items)
 
 
 def test_embeddings_are_those_of_the_whole_model(

@@ -8,7 +8,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nvvl.cli import app
+from nvvl.distill.blockwise import BlockwiseResult, LayerResult
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.options import SET_HELP
+from nvvl.quantize.manifest import Manifest
 
 
 def invoke(*arguments: object) -> Result:
@@ -98,3 +101,26 @@ def test_set_with_nothing_left_to_train_on_is_refused(
     )
     assert result.exit_code == 2
     assert "9 items and 128 are kept for validation" in result.stderr.splitlines()[-1]
+
+
+def test_layers_that_were_trained_are_counted_alone(
+    run: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = (
+        LayerResult("first", 0.0, 0.0, trained=False),
+        LayerResult("second", 0.2, 0.1),
+        LayerResult("third", 0.3, 0.3),
+        LayerResult("last", 0.4, 0.4, trained=False),
+    )
+    result = BlockwiseResult(Manifest.read(run), tmp_path / "out.bf16", layers)
+    monkeypatch.setattr("nvvl.distill.blockwise.distill_blockwise", lambda *_, **__: result)
+    options = ["--teacher", tiny_checkpoint, "-o", tmp_path / "out", "--device", "cpu"]
+    said = invoke(run, *options, "--recipe", "qad_nvfp4_layers")
+    assert said.exit_code == 0, said.output
+    assert "1 of 2 trained layers are nearer to BF16; error of the last 3.00e-01" in said.stdout
+
+
+@pytest.mark.parametrize("verb", ["distill", "precompute", "rotate"])
+def test_help_names_every_kind_of_set_that_data_takes(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    assert SET_HELP in result.stdout

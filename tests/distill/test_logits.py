@@ -121,7 +121,14 @@ def test_folder_of_something_else_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"loss": "mse"}, 'stored logits serve "kl" alone'), ({"layer_loss": 1.0}, "layer_loss")],
+    [
+        ({"loss": "mse"}, 'stored logits serve "kl" alone'),
+        ({"layer_loss": 1.0}, "layer_loss"),
+        (
+            {"method": "layers", "validate_every": 50},  # its default
+            'stored logits serve "whole" alone, got "layers"',
+        ),
+    ],
 )
 def test_recipe_that_needs_the_teacher_is_refused(
     change: dict[str, object],

@@ -17,8 +17,8 @@ import accelerate
 import pytest
 
 from nvvl.calib_data.manifest import load_calibration_set
-from nvvl.distill.data import split_items
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.split import split_items
 from nvvl.distill.train import distill
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processes import Processes

@@ -55,6 +55,24 @@ def test_bad_value_is_refused(values: dict[str, object], message: str) -> None:
         DistillRecipe.from_dict({"name": "x", "learning_rate": 1e-6} | values)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss_tokens", "answers"),
+        ("scale_learning_rate", 0.01),
+        ("beta2", 0.99),
+        ("max_grad_norm", 2.0),
+        ("validate_every", 10),
+        ("ema_decay", 0.9),
+    ],
+)
+def test_what_layers_alone_would_not_use_is_refused(key: str, value: object) -> None:
+    values = {"name": "x", "learning_rate": 1e-3, "method": "layers"}
+    assert DistillRecipe.from_dict(values).method == "layers"
+    with pytest.raises(RecipeError, match=f'{key}: has no meaning with method "layers", got'):
+        DistillRecipe.from_dict(values | {key: value})
+
+
 def test_missing_key_and_unknown_preset_are_refused() -> None:
     with pytest.raises(RecipeError, match="missing learning_rate"):
         DistillRecipe.from_dict({"name": "x"})

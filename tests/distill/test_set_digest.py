@@ -1,6 +1,8 @@
 """Which changes of a set are noticed."""
 
 import dataclasses
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,19 @@ def test_changed_folder_has_another_digest(edit: Callable[[Path], None], folder:
     assert digest(folder) == before
     edit(folder)
     assert digest(folder) != before
+
+
+@pytest.mark.parametrize("name", [b"page.png", b"menu\xe9.png", "caf\u00e9.png".encode()])
+def test_names_of_files_are_hashed_as_the_bytes_they_are(name: bytes, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(name)).write_bytes(b"123")
+    items = CalibrationSet(items=(), spec=str(tmp_path), num_requested=1)
+    assert digest_set(items, []) == hashlib.sha256(name + b" 3\n").hexdigest()
+
+
+def test_held_out_item_may_have_a_name_that_is_no_utf8(items: CalibrationSet) -> None:
+    item = dataclasses.replace(items.items[1], item_id=os.fsdecode(b"menu\xe9.png"))
+    named = dataclasses.replace(items, items=(item,))
+    assert digest_set(named, [0]) != digest_set(items, [1])
 
 
 def test_changed_jsonl_file_has_another_digest(folder: Path) -> None:

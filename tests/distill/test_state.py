@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvvl.distill.state import Standing, StateFolder
+from nvvl.distill.train_folder import hold_train_folder
 from nvvl.errors import CheckpointError, OutputError
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.safetensors_io import read_header, read_tensor
@@ -23,7 +24,7 @@ def make_tensors(fill: float = 1.0) -> dict[str, Tensor]:
 def save(folder: Path) -> StateFolder:
     state = StateFolder(folder, IDENTITY)
     assert state.open(size_bytes=10, overwrite=False) is False
-    state.save(Standing(3, 2.0, [(1.0, 3)]), make_tensors(), make_tensors(7.0))
+    state.save(Standing(3, 2.0, 1.0, 3), make_tensors(), make_tensors(7.0))
     return state
 
 
@@ -35,16 +36,16 @@ def test_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
     save(tmp_path / "s")
     state = StateFolder(tmp_path / "s", IDENTITY)
     assert state.open(size_bytes=10, overwrite=False) is True
-    assert state.standing() == Standing(3, 2.0, [(1.0, 3)])
-    loaded, best = state.load(SHAPES), state.load_best(SHAPES)
+    assert state.standing() == Standing(3, 2.0, 1.0, 3)
+    loaded, best = state.load(SHAPES), state.load_best(3, SHAPES)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in make_tensors().items())
     assert all(torch.equal(best[name], tensor) for name, tensor in make_tensors(7.0).items())
 
 
 def test_best_weights_outlive_later_saves(tmp_path: Path) -> None:
     state = save(tmp_path / "s")
-    state.save(Standing(5, 2.0, [(1.0, 3)]), make_tensors(2.0), None)
-    assert float(state.load_best(SHAPES)["a.weight"][0, 0]) == 7.0
+    state.save(Standing(5, 2.0, 1.0, 3), make_tensors(2.0), None)
+    assert float(state.load_best(3, SHAPES)["a.weight"][0, 0]) == 7.0
     assert names(state.folder) == [
         "best-000003.safetensors",
         "state.json",
@@ -52,31 +53,45 @@ def test_best_weights_outlive_later_saves(tmp_path: Path) -> None:
     ]
 
 
-def test_only_the_best_k_are_kept(tmp_path: Path) -> None:
+def test_the_best_weights_alone_are_kept(tmp_path: Path) -> None:
     state = StateFolder(tmp_path / "s", IDENTITY)
     state.open(size_bytes=10, overwrite=False)
     standing = Standing(0, 5.0)
-    for step, loss in enumerate([5.0, 3.0, 4.0, 6.0, 3.0, 2.0]):
+    kept = []
+    for step, loss in enumerate([5.0, 3.0, 4.0, 3.0, 2.0]):  # of equal ones the earlier is better
         standing.step = step
-        kept = standing.add(loss, keep=3)
-        state.save(standing, make_tensors(), make_tensors(float(step)) if kept else None)
-    assert standing.best == [(2.0, 5), (3.0, 1), (3.0, 4)]
-    assert [name for name in names(state.folder) if name.startswith("best")] == [
-        f"best-00000{step}.safetensors" for step in (1, 4, 5)
-    ]
-    assert float(state.load_best(SHAPES)["b.weight"][0]) == 5
-    assert float(state.load_best(SHAPES, step=4)["b.weight"][0]) == 4
-    with pytest.raises(CheckpointError, match=r"no weights of step 2 are kept; there are .* 5, 1"):
-        state.load_best(SHAPES, step=2)
-
-    state.finish()
-    assert "step-000005.safetensors" not in names(state.folder)
-    assert float(state.load_best(SHAPES, step=1)["b.weight"][0]) == 1
+        weights = make_tensors(float(step)) if standing.add(loss) else None
+        state.save(standing, make_tensors(), weights)
+        kept.append([name for name in names(state.folder) if name.startswith("best")])
+    assert kept == [[f"best-00000{step}.safetensors"] for step in (0, 1, 1, 1, 4)]
+    assert (standing.best_loss, standing.best_step) == (2.0, 4)
+    assert float(state.load_best(4, SHAPES)["b.weight"][0]) == 4
 
 
-def test_finished_run_with_one_best_leaves_nothing(tmp_path: Path) -> None:
-    save(tmp_path / "s").finish()
-    assert not (tmp_path / "s").exists()
+def test_weights_of_another_step_than_was_asked_for_are_refused(tmp_path: Path) -> None:
+    state = save(tmp_path / "s")
+    write_safetensors(state.folder / "best-000002.safetensors", make_tensors())
+    with pytest.raises(CheckpointError, match=r"best-000002\.safetensors: missing or changed"):
+        state.load_best(2, SHAPES)
+
+
+def test_held_folder_goes_when_nothing_is_left_in_it(tmp_path: Path) -> None:
+    with hold_train_folder(tmp_path / "out") as folder:
+        assert folder == tmp_path / "out.train"
+        state = save(folder)
+    assert folder.exists()
+    with hold_train_folder(tmp_path / "out"):
+        state.discard()
+    assert not folder.exists()
+
+
+def test_state_that_an_earlier_version_saved_is_refused_in_one_line(tmp_path: Path) -> None:
+    state = save(tmp_path / "s")
+    values = json.loads(state.path.read_text())
+    values["standing"] = {"step": 3, "start_loss": 2.0, "best": [[1.0, 3]]}
+    state.path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="not a training state of nvvl"):
+        state.open(size_bytes=10, overwrite=False)
 
 
 def test_changed_file_is_refused(tmp_path: Path) -> None:
@@ -127,7 +142,7 @@ def test_overwrite_goes_on_with_a_run_of_the_same_settings(tmp_path: Path) -> No
     state = StateFolder(tmp_path / "s", IDENTITY)
     assert state.open(size_bytes=10, overwrite=True) is True
     assert state.standing().step == 3
-    assert float(state.load_best(SHAPES)["a.weight"][0, 0]) == 7.0
+    assert float(state.load_best(3, SHAPES)["a.weight"][0, 0]) == 7.0
 
 
 @pytest.mark.parametrize("name", ["step-000003.safetensors", "best-000003.safetensors"])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ import torch
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill import prepare
 from nvvl.distill import state as state_module
+from nvvl.distill.data import DistillData
 from nvvl.distill.losses import chunked_loss
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import StateFolder
 from nvvl.distill.train import DistillResult, Execution, Trainer, distill
-from nvvl.errors import OutputError, RecipeError, TrainingError
+from nvvl.errors import HardwareError, OutputError, RecipeError, TrainingError
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.processes import Processes
+from nvvl.model.processor import Processor
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.walk import quantize_checkpoint
@@ -160,10 +164,26 @@ def test_diverging_run_stops(
     tmp_path: Path,
 ) -> None:
     recipe = dataclasses.replace(recipe, learning_rate=0.9, num_steps=5)
-    with pytest.raises(TrainingError, match=r"step 5: .*(over 10 times|not finite|loss)"):
+    with pytest.raises(TrainingError, match=r"step 5: validation loss .* is over 10 times the "):
         distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
     state = json.loads((tmp_path / "out.train" / "state.json").read_text())
     assert state["standing"]["step"] == 0
+
+
+def test_run_stops_where_the_validation_loss_has_grown_tenfold(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = {0: 0.5, 1: 5.0, 2: 5.01}
+    monkeypatch.setattr(Trainer, "validate", lambda _, *, step: losses[step])
+    recipe = dataclasses.replace(recipe, num_steps=3, validate_every=1)
+    message = r"^step 2: validation loss 5\.01 is over 10 times the 0\.5 before training"
+    with pytest.raises(TrainingError, match=message):
+        distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
 
 
 def test_rate_above_the_safe_one_warns_with_the_reason(
@@ -185,9 +205,10 @@ def test_weights_are_rounded_once_a_step(
     run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
 ) -> None:
     state = StateFolder(tmp_path / "out.train", {})
-    trainer = Trainer(run, tiny_checkpoint, recipe, items, 0, NVVL, Processes("cpu"), state, None)
+    data = DistillData(items.items, Processor.from_folder(tiny_checkpoint), recipe, seed=0)
+    trainer = Trainer(run, tiny_checkpoint, recipe, data, NVVL, Processes("cpu"), state, None)
     before = trainer.student.num_refreshes
-    assert len(trainer.data.training_batches(0)) > 1
+    assert len(data.training_batches(0)) > 1
     trainer.step(0)
     assert trainer.student.num_refreshes == before + 1
 
@@ -196,12 +217,11 @@ def test_validation_keeps_no_outputs_of_layers(
     run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
 ) -> None:
     state = StateFolder(tmp_path / "out.train", {})
+    data = DistillData(items.items, Processor.from_folder(tiny_checkpoint), recipe, seed=0)
     losses = []
     for weight in (0.0, 1.0):
         chosen = dataclasses.replace(recipe, layer_loss=weight)
-        trainer = Trainer(
-            run, tiny_checkpoint, chosen, items, 0, NVVL, Processes("cpu"), state, None
-        )
+        trainer = Trainer(run, tiny_checkpoint, chosen, data, NVVL, Processes("cpu"), state, None)
         losses.append(trainer.validate(step=0))
         assert all(prepared.layers == () for prepared in trainer._validation)
     assert losses[0] == losses[1]
@@ -240,18 +260,104 @@ def test_events_and_log_have_every_step(
     assert content.count(b"distill/validation_loss") == 2  # at 2 and at the last
 
 
-def test_best_weights_are_kept_and_the_best_of_them_written(
+def test_events_that_cannot_be_written_are_refused_before_anything_is_read(
+    items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / "nowhere"
+    (tmp_path / "file").touch()
+
+    def start(events: Path) -> None:
+        execution = Execution(tensorboard=events)
+        distill(nowhere, nowhere, tmp_path / "out", recipe, items, execution=execution)
+
+    with pytest.raises(OutputError, match=r"file/events: cannot be written \(Not a directory\)"):
+        start(tmp_path / "file" / "events")
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(HardwareError, match="needs the package tensorboardX"):
+        start(tmp_path / "events")
+
+
+def test_finished_run_leaves_nothing_and_is_begun_anew_by_the_same_command(
     run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
 ) -> None:
-    recipe = dataclasses.replace(recipe, num_steps=4, validate_every=1, keep_best=3)
-    result = distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    recipe = dataclasses.replace(recipe, num_steps=1)
+    steps: list[int] = []
+    execution = Execution(progress=lambda _stage, done, _all: steps.append(done))
+    for _ in range(2):
+        assert distill(run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=execution)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.bf16"]
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+    assert steps == [1, 1]
+
+
+def test_output_that_another_run_trains_is_refused_and_left_alone(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(recipe, num_steps=1)
+    other = dataclasses.replace(recipe, learning_rate=2e-3)
+    out = tmp_path / "out"
+    overwrite = Execution(overwrite=True)
+
+    def start_another(_stage: str, _done: int, _all: int) -> None:
+        with pytest.raises(OutputError, match=r"out\.train: another run is writing there"):
+            distill(run, tiny_checkpoint, out, other, items, execution=overwrite)
+
+    execution = Execution(progress=start_another)
+    result = distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert result is not None
-    log = read_log(tmp_path / "out")
-    losses = {line["step"]: line["validation_loss"] for line in log}
-    best = sorted(losses, key=lambda step: losses[step])[:3]
-    kept = sorted(path.name for path in (tmp_path / "out.train").glob("*.safetensors"))
-    assert kept == [f"best-{step:06}.safetensors" for step in sorted(best)]
-    assert result.best_step == best[0]
+    assert result.manifest.distillation["recipe"] == recipe.to_dict()
+
+
+@pytest.mark.parametrize("name", ["out", "out.bf16"])
+@pytest.mark.parametrize("read", ["run", "teacher", "logits"])
+def test_what_is_read_is_never_replaced(
+    name: str,
+    read: str,
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    given = {"run": run, "teacher": tiny_checkpoint, "logits": tmp_path / "logits"}
+    given[read] = folder
+    execution = Execution(logits=given["logits"], overwrite=True)
+    with pytest.raises(OutputError, match=f"{name}: holds {folder}, which is read"):
+        distill(
+            given["run"], given["teacher"], tmp_path / "out", recipe, items, execution=execution
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("change", ["other", "unknown"])
+def test_run_of_another_processor_is_not_gone_on_with(
+    change: str,
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    out, path = tmp_path / "out", tmp_path / "out.train" / "state.json"
+    with pytest.raises(Killed):
+        distill(run, tiny_checkpoint, out, recipe, items, execution=Execution(progress=kill))
+    state = json.loads(path.read_text())
+    if change == "other":
+        arithmetic = {"processor": "PDP-11"}
+        monkeypatch.setattr("nvvl.distill.train.describe_arithmetic", lambda _: arithmetic)
+    else:  # as states were before they named it
+        del state["identity"]["processor"]
+        path.write_text(json.dumps(state))
+    with pytest.raises(OutputError, match=r"out\.train: holds a run with another .*processor"):
+        distill(run, tiny_checkpoint, out, recipe, items)
 
 
 def test_full_disk_while_saving_keeps_the_state_before(

@@ -227,6 +227,21 @@ def test_chat_answers_from_a_checkpoint_and_from_its_graphs_alike(
     assert "tokens/s" in streamed.stderr
 
 
+def test_pruning_without_a_video_is_refused(source: Path, tmp_path: Path) -> None:
+    image = tmp_path / "page.png"
+    pictures(1)[0].save(image)
+    result = invoke("chat", source, "read", "--image", image, "--pruning-rate", "0.9")
+    assert result.exit_code == 2
+    assert "--pruning-rate 0.9: drops tokens of videos, and there is none" in result.stderr
+
+
+def test_images_that_no_graph_is_calibrated_on_are_refused(source: Path, tmp_path: Path) -> None:
+    result = invoke("export", "onnx", source, tmp_path / "graphs", "--calib", "my-images")
+    assert result.exit_code == 2
+    assert "--calib my-images: only an FP8 vision graph finds scales" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_foreign_verify_fails_in_one_line(
     written: Callable[[str], Path], source: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import onnx
 import pytest
+from typer.testing import CliRunner
 
+from nvvl.cli import app
 from nvvl.errors import EngineError, HardwareError, OutputError
 from nvvl.export.engine import EngineOptions, build_engines
 from nvvl.export.engine_memory import estimate_build_memory
@@ -330,6 +332,25 @@ def test_engines_may_lie_in_the_folder_of_graphs(graphs: Path, tensorrt: EngineO
     build_engines(graphs, graphs / "engines", tensorrt)
     names = {path.name for path in (graphs / "engines").iterdir()}
     assert {"vision.engine", "tokenizer.json", "embedding.safetensors"} < names
+
+
+def test_current_folder_can_be_the_destination(
+    graphs: Path, tmp_path: Path, tensorrt: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = tmp_path / "engines"
+    dest.mkdir()
+    monkeypatch.chdir(dest)
+    result = build_engines(Path("../graphs"), Path("."), tensorrt, overwrite=True)
+    assert result.folder == dest
+    assert {engine.path for engine in result.engines.values()} == set(dest.glob("*.engine"))
+    assert len(result.engines) == 3
+
+
+def test_help_says_that_memory_is_compared_with_an_estimate() -> None:
+    shown = CliRunner().invoke(app, ["export", "engine", "--help"]).stdout
+    words = " ".join(shown.replace("│", " ").split())
+    assert "by an estimate, take more memory" in words
+    assert "Let no process take more" not in words
 
 
 def test_existing_folder_is_kept(graphs: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,7 @@ from nvvl.quantize.walk import quantize_checkpoint
 Folders = Callable[[str], Path]
 
 UP_PROJ = "language_model.backbone.layers.6.mixer.up_proj"
+Q_PROJ = "language_model.backbone.layers.3.mixer.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,27 @@ def test_what_the_walk_writes_passes_every_check(
     report = verify(out, source, probe_items=probes)
     assert report.passed, report.summary_lines()
     assert report.checks[-1].passed is True
+    assert {check.rule for check in report.checks if check.passed is None} <= {"C9"}
+
+
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4"])
+def test_what_the_walk_writes_of_a_wider_source_passes_every_check(
+    make_checkpoint: Callable[..., Path], probes: list[Item], tmp_path: Path, preset: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = {
+        f"{UP_PROJ}.weight": torch.randn(128, 64, generator=generator),
+        f"{Q_PROJ}.weight": torch.randn(64, 64, generator=generator).half(),
+    }
+    source = make_checkpoint(
+        tmp_path / "source", replace=wide, template="any", vision={"preferred_resolution": [32, 32]}
+    )
+    out = tmp_path / "out"
+    quantize_checkpoint(
+        source, out, PRESETS[preset](), CalibrationSet(tuple(probes), "probes", len(probes))
+    )
+    report = verify(out, source, probe_items=probes)
+    assert report.passed, report.summary_lines()
     assert {check.rule for check in report.checks if check.passed is None} <= {"C9"}
 
 
@@ -104,6 +127,21 @@ def test_source_without_a_tokenizer_reads_not_checked(
     check = prove_logits(written("fp8"), copied, probe_items=probes)
     assert check.passed is None
     assert "tokenizer.json: not found" in check.detail
+
+
+def test_logits_read_not_checked_where_the_model_does_not_fit(
+    written: Folders, source: Path, probes: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = written("nvfp4")
+    weights = sum(2 * tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    monkeypatch.setattr("nvvl.export.logits_proof.free_memory", lambda: weights)
+    monkeypatch.setattr("nvvl.export.logits_proof.load_any", None)  # nothing is loaded
+    report = verify(out, source, probe_items=probes)
+    logits = report.checks[-1]
+    assert (logits.rule, logits.status) == ("L1", "not checked")
+    assert logits.detail.startswith("needs about 0.0 GB, 0.0 GB are free; run it on a larger")
+    assert logits.detail.endswith("or pass --no-logits")
+    assert report.passed
 
 
 def test_logits_are_not_compared_where_tensors_failed(

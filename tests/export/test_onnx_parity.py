@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import CalibrationError, EngineError
+from nvvl.errors import CalibrationError, CheckpointError, EngineError
 from nvvl.export import onnx_parity
 from nvvl.export.checks import Check
 from nvvl.export.onnx_export import export_onnx
@@ -131,6 +131,29 @@ def test_vision_in_fp8_is_not_the_checkpoints_own(
     assert "image_embeds differs" in checks["O2"].detail
 
 
+def test_vision_in_fp8_of_a_wider_tower_passes(
+    make_checkpoint: Callable[..., Path], probes: list[Item], tmp_path: Path
+) -> None:
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    run = make_checkpoint(tmp_path / "run", replace={"mlp1.1.weight": weight})
+    recipe = replace(SMALL, vision="fp8")
+    export_onnx(run, tmp_path / "graphs", recipe, vision_items=probes)
+    assert passed(prove_graphs(run, tmp_path / "graphs", probe_items=[]))
+
+
+def test_quantized_input_that_differs_is_a_fault_of_the_run_it_came_in(
+    source: Path, probes: list[Item], tmp_path: Path
+) -> None:
+    dest, fqn = tmp_path / "graphs", "vision_model.radio_model.model.blocks.0.attn.qkv"
+    export_onnx(source, dest, replace(SMALL, vision="fp8"), vision_items=probes)
+    change(dest, "vision", f"{fqn}.input_scale", lambda scale: np.asarray(scale * np.float32(1.01)))
+    checks = {check.rule: check for check in prove_graphs(source, dest, probe_items=probes)}
+    named = {rule for rule, check in checks.items() if any(fqn in fault for fault in check.faults)}
+    assert named == {"O2", "O5"}
+    assert checks["O3"].passed
+    assert checks["O2"].faults[0].startswith(fqn)  # what differs first, then what comes of it
+
+
 def test_vision_in_fp8_needs_images(source: Path, tmp_path: Path) -> None:
     text = Item("text", (Message("user", "hello"), Message("assistant", "world")))
     with pytest.raises(CalibrationError, match="1 without any; give --calib a set with images"):
@@ -198,8 +221,50 @@ def test_what_onnxruntime_refuses_is_named(source: Path, tmp_path: Path) -> None
     manifest = json.loads((dest / "manifest.json").read_text())
     manifest["files"]["vision.onnx"] = hash_file(dest / "vision.onnx")
     (dest / "manifest.json").write_text(json.dumps(manifest))
-    _, vision = prove_graphs(source, dest, probe_items=[])
+    vision = prove_graphs(source, dest, probe_items=[])[1]
     assert "onnxruntime cannot open it" in vision.detail
+
+
+@pytest.mark.parametrize(
+    ("graph", "statuses"),
+    [
+        ("vision", ["failed", "passed", "passed", "failed"]),
+        ("prefill", ["passed", "failed", "not checked", "failed"]),
+        ("decode", ["passed", "passed", "failed", "failed"]),
+    ],
+)
+def test_error_of_a_graph_is_a_fault_of_its_own_check(
+    source: Path, probes: list[Item], tmp_path: Path, graph: str, statuses: list[str]
+) -> None:
+    dest = tmp_path / "graphs"
+    export_onnx(source, dest, SMALL)
+    path = dest / f"{graph}.onnx"
+    path.write_bytes(b"no graph")
+    manifest = json.loads((dest / "manifest.json").read_text())
+    manifest["files"][path.name] = hash_file(path)
+    (dest / "manifest.json").write_text(json.dumps(manifest))
+    checks = prove_graphs(source, dest, probe_items=probes)
+    assert [check.rule for check in checks] == RULES
+    assert [check.status for check in checks[1:]] == statuses
+    for check in checks:
+        if check.passed is False:
+            (fault,) = check.faults
+            assert f"{graph}.onnx: onnxruntime cannot open it" in fault
+
+
+def test_checkpoint_that_cannot_be_opened_leaves_the_other_checks_open(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(source, tmp_path / "graphs", SMALL)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise CheckpointError("a tensor is missing")
+
+    monkeypatch.setattr(onnx_parity, "load_any", refuse)
+    checks = prove_graphs(source, tmp_path / "graphs", probe_items=[])
+    assert [check.rule for check in checks] == RULES
+    assert [check.passed for check in checks] == [True, False, None, None, None]
+    assert checks[1].detail == "a tensor is missing"
 
 
 def edit_json(path: Path, edit: Callable[[Any], object]) -> None:

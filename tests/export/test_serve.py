@@ -102,6 +102,34 @@ def test_folder_without_code_cannot_be_configured(written: Callable[[str], Path]
     assert "--trust-remote-code" not in served.commands[0]
 
 
+@pytest.mark.parametrize("name", ["vllm", "tensorrt-llm"])
+@pytest.mark.parametrize(
+    ("auto_map", "lost"),
+    [
+        ({"AutoConfig": "configuration.Config"}, "configuration.py"),
+        ({"AutoConfig": "org/model--configuration.Config"}, "configuration.py"),
+        (
+            {"AutoConfig": "code.Config", "AutoTokenizer": ["tokenization.Slow", None]},
+            "tokenization.py",
+        ),
+    ],
+    ids=["name", "repository", "list"],
+)
+def test_code_that_the_config_names_must_be_in_the_folder(
+    copy_of: Callable[[str], Path], name: ServerName, auto_map: dict[str, Any], lost: str
+) -> None:
+    folder = change_config(copy_of("fp8"), auto_map=auto_map)
+    (folder / "code.py").write_text("")
+    refused = plan(folder, name)
+    assert not refused.passed
+    assert any(line.startswith("fails C14: ") and lost in line for line in refused.lines())
+    assert not any("trust" in command for command in refused.commands)
+    (folder / lost).write_text("")
+    served = plan(folder, name)
+    assert served.passed
+    assert any("trust" in command for command in served.commands)
+
+
 def test_edge_llm_takes_only_its_own_vision_tower(copy_of: Callable[[str], Path]) -> None:
     refused = plan(copy_of("fp8"), "edge-llm")
     said = "\n".join(refused.obstacles)

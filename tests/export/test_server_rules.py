@@ -470,6 +470,13 @@ def test_what_cannot_be_known_reads_not_checked(make_view: ViewFactory) -> None:
     assert skipped == {"A2", "C7", "C13", "N5", "N7", "N8", "D7", "Q1", "Q2"}
 
 
+def test_code_of_a_planned_checkpoint_reads_not_checked(make_view: ViewFactory) -> None:
+    view = with_config(make_view(), auto_map={"AutoConfig": "configuration.Config"})
+    (code,) = (check for check in check_server_rules(view) if check.rule == "C14")
+    assert code.passed is None
+    assert code.servers == ("vLLM", "TensorRT-LLM")
+
+
 def test_weight_only_does_not_apply_to_trtllm(make_view: ViewFactory) -> None:
     checks = [c for c in check_server_rules(make_view("nvfp4-w4a16")) if c.rule == "C9"]
     assert [check.passed for check in checks] == [True, None]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from nvvl.errors import CheckpointError, HardwareError, OutputError
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.export.view import open_view
 from nvvl.model.config import VLMConfig
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.targets import list_linears
 
 Folders = Callable[[str], Path]
@@ -338,6 +340,24 @@ def test_side_files_that_were_added_are_named(copy_of: Folders, source: Path) ->
         assert f"{name}: not in the source" in named(report, "C7")
         assert f"{name}: not in the manifest" in named(report, "H3")
     assert "recipe.json: not in the manifest" in named(report, "H3")
+
+
+def test_large_side_files_are_not_read_whole(
+    copy_of: Folders, source: Path, tmp_path: Path
+) -> None:
+    out, copied = copy_of("fp8"), Path(shutil.copytree(source, tmp_path / "source"))
+    size = 32 << 20
+    for folder in (out, copied):
+        with (folder / "tokenizer.model").open("wb") as file:
+            file.truncate(size)
+    sha256 = hash_file(out / "tokenizer.model")
+    edit_json(out / "manifest.json", lambda m: m["files"].update({"tokenizer.model": sha256}))
+    tracemalloc.start()
+    report = prove(out, copied)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert report.passed, report.summary_lines()
+    assert peak < size / 2
 
 
 def test_folder_named_as_a_side_file_is_none(

@@ -275,6 +275,22 @@ def test_budget_ends_thinking(
     assert shown == heard
 
 
+# The tokens of <think> are < th in k >.
+@pytest.mark.parametrize(
+    ("prompt", "said", "tokens", "heard"),
+    [
+        ("question", "ab<think>cdefghijklmnop", 9, "ab<think>cd</think>klmnop"),
+        ("<think></think>", "ab<think>cdefghijklmnop", 2, "ab<think></think>ijklmnop"),
+        ("<think>\n", "a</think>b<think>cdefghijklmnop", 14, "a</think>b<think>c</think>jklmnop"),
+        ("question", "ab<think>c</think>defghijkl", 15, "ab<think>c</think>defghijkl"),
+    ],
+)
+def test_budget_ends_thinking_that_the_model_began(
+    prompt: str, said: str, tokens: int, heard: str, think: Callable[..., str]
+) -> None:
+    assert think(said, prompt=prompt, tokens=tokens, grace=0) == heard
+
+
 def test_prompt_without_open_thinking_is_left_alone(think: Callable[..., str]) -> None:
     for prompt in ("<think></think>", "question", "<think>a</think>\nanswer"):
         assert think("abcdefghij", prompt=prompt, tokens=2, grace=0) == "abcdefghij"

@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
@@ -66,6 +68,31 @@ def test_links_of_the_cache_give_the_bytes_of_a_folder(
     by_id, by_folder = ({path.name: path.read_bytes() for path in out.iterdir()} for out in outs)
     assert by_id == by_folder
     assert not [path for path in outs[0].iterdir() if path.is_symlink()]
+
+
+def test_output_of_a_hub_model_has_the_code_that_its_config_names(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"AutoConfig": "configuration.Config", "AutoTokenizer": ["tokenization.Slow", None]}
+    remote = make_checkpoint(tmp_path / "remote", auto_map=names)
+    for name in ("configuration.py", "tokenization.py"):
+        (remote / name).write_text("raise RuntimeError('nvvl runs no code of a model')\n")
+
+    def download(_: str, *, allow_patterns: list[str]) -> str:
+        cached = tmp_path / "cached"
+        cached.mkdir()
+        for path in remote.iterdir():
+            if any(fnmatchcase(path.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(path, cached / path.name)
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    out = tmp_path / "out"
+    quantize_checkpoint(resolve_model(HUB_ID), out, nvfp4_w4a16(), None)
+    assert (out / "configuration.py").read_bytes() == (remote / "configuration.py").read_bytes()
+    served = json.loads(run("export", "serve", out, "--for", "vllm", "--json").stdout)
+    assert [rule["status"] for rule in served["rules"] if rule["rule"] == "C14"] == ["passed"]
+    assert "--trust-remote-code" in served["commands"][0]
 
 
 def test_model_that_is_not_cached_is_one_line_that_says_so(offline: Path, tmp_path: Path) -> None:

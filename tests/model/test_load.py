@@ -13,7 +13,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.config import VLMConfig
-from nvvl.model.load import expected_tensors, load_model, materialize, resolve_model
+from nvvl.model.load import (
+    check_tensors,
+    expected_tensors,
+    load_model,
+    materialize,
+    resolve_model,
+)
 from nvvl.model.vlm import NemotronNanoVL
 
 FULL_SIZE = Path(__file__).parents[2] / "benchmarks" / "config-12b.json"
@@ -201,6 +207,25 @@ def test_unusable_weight_is_refused_by_name(
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.uint8, "U8")]
+)
+def test_codes_that_no_config_declares_are_refused_from_the_headers(
+    dtype: torch.dtype, name: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    codes: dict[str, torch.Tensor | None] = {
+        "mlp1.3.weight": torch.zeros(64, 128).to(dtype),
+        f"{LAYERS}.6.mixer.up_proj.weight": torch.zeros(128, 64).to(dtype),
+    }
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "x", replace=codes))
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors(checkpoint, expected_tensors(checkpoint.config))
+    assert str(caught.value).endswith(
+        f"model.safetensors: {LAYERS}.6.mixer.up_proj.weight: required one of BF16, F16, F32, F64, "
+        f"got {name} (and 1 more tensors); give the BF16 checkpoint that it was made from"
+    )
+
+
 def test_quantized_folder_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "x", quantization_config={"quant_method": "modelopt"})
     with pytest.raises(CheckpointError, match="has a quantization_config; required the BF16"):
@@ -234,7 +259,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_hub_id_is_downloaded_without_code_or_pickles(
+def test_hub_id_is_downloaded_without_pickles(
     weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, object] = {}
@@ -245,7 +270,7 @@ def test_hub_id_is_downloaded_without_code_or_pickles(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("nvidia/some-model", weights=weights) == tmp_path
-    texts = ["*.json", "*.txt", "*.jinja", "*.model"]
+    texts = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
     assert asked == {
         "repo_id": "nvidia/some-model",
         "allow_patterns": [*texts, "*.safetensors"] if weights else texts,

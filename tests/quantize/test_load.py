@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CheckpointError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
@@ -99,21 +100,21 @@ def test_fp8_loses_as_much_as_modelopt_s_own_simulation(
     assert losses[0] == pytest.approx(losses[1], abs=0.5)
 
 
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4-w4a16"])
 def test_source_in_f32_reloads_as_calibrated(
-    make_checkpoint: Callable[..., Path], items: tuple[Item, ...], tmp_path: Path
+    preset: str,
+    make_checkpoint: Callable[..., Path],
+    calibration_set: CalibrationSet,
+    tmp_path: Path,
 ) -> None:
     weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)) / 8
     source = make_checkpoint(tmp_path / "source", replace={f"{UP_PROJ}.weight": weight})
-    for name in ("fp8", "nvfp4-w4a16"):
-        rule = Rule(target="*.up_proj", format="nvfp4-w4a16")
-        recipe = PRESETS[name]() if name != "fp8" else Recipe(name="x", rules=(rule,))
-        quantize_checkpoint(source, tmp_path / name, recipe, None)
-        reloaded = load_any(tmp_path / name, dtype=torch.float32)
-        calibrated = fake_quant_model(source, tmp_path / name, dtype=torch.float32)
-        pairs = zip(
-            logits_of(reloaded, source, items), logits_of(calibrated, source, items), strict=True
-        )
-        assert all(torch.equal(found, expected) for found, expected in pairs)
+    out = tmp_path / "out"
+    quantize_checkpoint(source, out, PRESETS[preset](), calibration_set)
+    models = load_any(out, dtype=torch.float32), fake_quant_model(source, out, dtype=torch.float32)
+    items = tuple(calibration_set.items)
+    for found, expected in zip(*(logits_of(m, source, items) for m in models), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_plain_folder_loads_as_it_is(tiny_checkpoint: Path) -> None:

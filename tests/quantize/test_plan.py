@@ -186,8 +186,9 @@ def test_memory_grows_with_items_and_the_limits_keep_within_it(config_12b: Path)
     weights_only = make_plan(config_12b, nvfp4_w4a16()).estimate
     assert weights_only.memory_bytes < few.memory_bytes < many.memory_bytes
     assert weights_only.activation_bytes == 0
-    assert weights_only.memory_bytes < 2.5e9 < few.memory_bytes < 4e9 < many.memory_bytes
-    assert many.minimum_bytes == few.minimum_bytes < 2.5e9
+    # 2.67 and 2.98 GB were measured, with short items (benchmarks/RESULTS.md)
+    assert weights_only.memory_bytes < 2.5e9 < 2.98e9 < few.memory_bytes < 4e9 < many.memory_bytes
+    assert many.minimum_bytes == few.minimum_bytes < 3e9
     # all in memory; the items on disk; the items on disk and one block at a time
     roomy = choose_limits(many, many.memory_bytes)
     assert roomy == Limits(overlap=True, activation_bytes=many.activation_bytes)
@@ -199,6 +200,18 @@ def test_memory_grows_with_items_and_the_limits_keep_within_it(config_12b: Path)
     assert not least.overlap
     with pytest.raises(HardwareError, match=r"allowed 1\.5 GB, the run takes at least \d\.\d GB"):
         choose_limits(many, parse_memory("1.5GB"))
+
+
+def test_longer_items_take_more_memory_between_blocks_alone(
+    config_12b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(nvfp4(), num_calibration_items=32)
+    short = make_plan(config_12b, recipe).estimate
+    monkeypatch.setattr(estimate_module, "_TEXT_TOKENS_PER_ITEM", 8000)
+    long = make_plan(config_12b, recipe).estimate
+    more = long.activation_bytes - short.activation_bytes
+    assert more > 10**9
+    assert long.memory_bytes - short.memory_bytes == more
 
 
 def test_plan_says_what_memory_and_disk_allow(tiny_checkpoint: Path) -> None:
@@ -270,6 +283,6 @@ def test_weighed_scales_take_a_second_run_of_the_layers(config_12b: Path) -> Non
 
     plain, weighted = estimate(weighted=False), estimate(weighted=True)
     assert 1.5 < weighted.seconds / plain.seconds < 2
-    assert plain.minimum_bytes < weighted.minimum_bytes < 1.5 * plain.minimum_bytes
+    assert plain.minimum_bytes < weighted.minimum_bytes < 1.6 * plain.minimum_bytes
     recipe = replace(nvfp4(), image_weight=0.5, num_calibration_items=32)
     assert make_plan(config_12b, recipe).estimate.memory_bytes == weighted.memory_bytes

@@ -51,6 +51,12 @@ def test_recipe_survives_toml_and_json(tmp_path: Path) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+def test_names_in_any_letters_survive_toml(tmp_path: Path) -> None:
+    rules = (Rule(target="*.größe.𝄞", format="fp8"),)
+    recipe = Recipe(name='😀 "quoted" \\ \t\n \x7f', rules=rules)
+    assert Recipe.from_toml(write(tmp_path, recipe.to_toml())) == recipe
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_equals_its_toml_twin(name: str) -> None:
     assert PRESETS[name]() == Recipe.from_toml(RECIPES / f"{name}.toml")

@@ -28,6 +28,7 @@ from nvvl.quantize.activations import Activations
 from nvvl.quantize.journal import (
     Journal,
 )
+from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.presets import PRESETS, fp8, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
 from nvvl.quantize.staging import Stage, resumable_folder
@@ -305,6 +306,7 @@ def changed_content(items: CalibrationSet) -> CalibrationSet:
         ("other words", r"calibration item two: has other content now"),
         ("version", r"nvvl: 0\.1\.0 then, 99 now"),
         ("processor", r"processor: \w+ then, another now"),
+        ("processor model", r"processor model: .+ then, Other CPU \(\w{8}\) now"),
         ("weights", r"source model\.safetensors: .* then, .* now"),
         ("tokenizer", r"source tokenizer_config\.json: .* then, .* now"),
     ],
@@ -335,6 +337,8 @@ def test_changed_input_is_refused_with_what_differs(
         monkeypatch.setattr(nvvl, "__version__", "99")
     elif change == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    elif change == "processor model":
+        monkeypatch.setattr(journal_module, "describe_cpu", lambda: "model name\t: Other CPU")
     else:
         name = {"weights": "model.safetensors", "tokenizer": "tokenizer_config.json"}[change]
         if change == "weights":
@@ -469,6 +473,17 @@ def test_changed_calibration_file_is_refused(
     (copy / "calibration.safetensors").write_bytes(data)
     with pytest.raises(Exception, match=r"calibration\.safetensors: its hash is not the one"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "out", nvfp4(), None, from_calibration=copy)
+
+
+def test_calibration_of_a_distilled_run_is_refused(
+    quantize_tiny: QuantizeTiny, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "fp8"
+    shutil.copytree(quantize_tiny("fp8"), copy)
+    replace(Manifest.read(copy), distillation={"steps": 60}).write(copy)
+    with pytest.raises(CalibrationError, match="fp8: is a distilled run, whose input scales"):
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "out", nvfp4(), None, from_calibration=copy)
+    assert_only(tmp_path, "fp8")
 
 
 def test_item_sets_are_compared_by_name_too(calibration_set: CalibrationSet) -> None:

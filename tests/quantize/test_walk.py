@@ -197,18 +197,20 @@ def test_side_files_are_the_source_s(quantize_tiny: QuantizeTiny, tiny_checkpoin
     assert set(recipe["formats"].values()) == {"nvfp4"}
 
 
-def test_pickles_and_hidden_files_are_not_copied(
+def test_other_weights_archives_and_hidden_files_are_not_copied(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source = make_checkpoint(tmp_path / "source")
-    for name in ("pytorch_model.bin", ".gitattributes", "modeling.py", "chat_template.jinja"):
+    weights = {"pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "vision.onnx_data"}
+    archives = {"model.tar", "model.tar.gz", "model.tgz", "images.zip"}
+    for name in weights | archives | {".gitattributes", "modeling.py", "chat_template.jinja"}:
         (source / name).write_text(name)
     (source / "figures").mkdir()
     out = tmp_path / "out"
     quantize_checkpoint(source, out, nvfp4_w4a16(), None)
     present = {path.name for path in out.iterdir()}
     assert {"modeling.py", "chat_template.jinja"} <= present
-    assert not {"pytorch_model.bin", ".gitattributes", "figures"} & present
+    assert not (weights | archives | {".gitattributes", "figures"}) & present
 
 
 def test_manifest_hashes_all_that_was_read_and_written(
@@ -304,7 +306,7 @@ def test_existing_out_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_source_is_never_replaced(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "models" / "source")
     for out in (source, source.parent):
-        with pytest.raises(OutputError, match="holds the source checkpoint"):
+        with pytest.raises(OutputError, match=f"holds {source}, which is read"):
             quantize_checkpoint(source, out, nvfp4_w4a16(), None, overwrite=True)
     assert (source / "model.safetensors").exists()
 

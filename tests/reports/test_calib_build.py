@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -62,6 +63,24 @@ def test_set_is_built_shown_and_taken_by_quantize(
     assert quantized.exit_code == 0, quantized.output
     used = json.loads((tmp_path / "fp8" / "manifest.json").read_text())["calibration"]
     assert used["items"] == [{"id": row["id"], "sha256": row["sha256"]} for row in listed["items"]]
+
+
+def test_model_by_hub_id_counts_tokens_without_its_weights(
+    spec: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+
+    def download(_: str, *, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        return str(tiny_checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    spec.write_text(f'{SPEC}\n[[sources]]\nkind = "folder"\npath = "absent"\n')
+    refused = run("calib", "build", spec, tmp_path / "set", "--model", "org/tiny-vl")
+    assert refused.exit_code == 2
+    assert "folder2: " in refused.stderr
+    assert "*.json" in fetched
+    assert "*.safetensors" not in fetched
 
 
 def test_own_test_set_must_not_overlap(spec: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

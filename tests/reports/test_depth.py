@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import torch
 from PIL import Image
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import DataError
+from nvvl.errors import CheckpointError, DataError, OutputError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, Processor
-from nvvl.reports.curves import Depth, load_depth
+from nvvl.reports.curves import Depth, load_depth, write_curves
 from nvvl.reports.depth import measure_depth
 from nvvl.reports.question import prepare_question
 from nvvl.reports.suites import Suite
@@ -107,11 +108,32 @@ def test_a_model_has_no_noise_against_itself(measured: Depth) -> None:
 
 def test_what_was_written_is_read_back(folders: tuple[Path, Path], tmp_path: Path) -> None:
     depth = measure_depth({"A": folders[1]}, folders[0], tmp_path, [NUMBERS], num_items=2)
-    assert load_depth(tmp_path) == depth
     path = tmp_path / "depth.json"
+    assert load_depth(path) == depth
     path.write_text(json.dumps({"layers": {"A": [{}]}}))
     with pytest.raises(DataError, match="required what nvvl sweep depth has written"):
         load_depth(path)
+
+
+def test_a_quantized_reference_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "fp8"
+    shutil.copytree(tiny_checkpoint, reference)
+    (reference / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"fp8: is quantized; the teacher must be the BF16"):
+        measure_depth({"A": tiny_checkpoint}, reference, tmp_path / "out", [NUMBERS])
+
+
+def test_curves_of_another_model_are_not_replaced_without_a_word(
+    measured: Depth, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_curves(measured, tmp_path)
+    with pytest.raises(OutputError, match=r"depth\.json: has curves of changed, which would be lo"):
+        measure_depth({"same": folders[0]}, folders[0], tmp_path, [NUMBERS])
+    assert load_depth(tmp_path / "depth.json") == measured
+    depth = measure_depth(
+        {"same": folders[0]}, folders[0], tmp_path, [NUMBERS], num_items=1, overwrite=True
+    )
+    assert load_depth(tmp_path / "depth.json") == depth
 
 
 def test_a_model_with_other_layers_is_refused(

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import ConfigError, DataError, OutputError
+from nvvl.errors import CheckpointError, ConfigError, DataError, OutputError
 from nvvl.model.processor import Message
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.walk import quantize_checkpoint
@@ -208,6 +208,13 @@ def test_the_gate_needs_images(run: Evaluate, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "refused before anything was asked"
 
 
+def test_pruning_needs_a_suite_with_videos(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    candidate = Candidate(folder=tiny_checkpoint, out=tmp_path / "run", pruning_rate=0.5)
+    with pytest.raises(DataError, match=r"0\.5: the suites number, word have no videos to prune"):
+        evaluate([candidate], [NUMBERS, WORDS], Options(num_items=2, gate_items=0))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_gate_can_be_left_out(run: Evaluate, tmp_path: Path) -> None:
     result = run(tmp_path, suites=[NUMBERS], num_items=3, gate_items=0)
     assert {a.condition for a in result.answers} == {"right"}
@@ -254,6 +261,43 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     with pytest.raises(DataError, match=r"vocab_size differ from .*made from one BF16 model"):
         run(tmp_path / "run", teacher=teacher)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantized_teacher_is_refused(
+    run: Evaluate, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "fp8"
+    shutil.copytree(tiny_checkpoint, teacher)
+    (teacher / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"fp8: is quantized; the teacher must be the BF16"):
+        run(tmp_path / "run", teacher=teacher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_arithmetic(
+    run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"suites": [NUMBERS], "num_items": 2, "gate_items": 0}
+    describe = "nvvl.reports.evaluate.describe_arithmetic"
+    monkeypatch.setattr(describe, lambda _: {"products": "bfloat16"})
+    run(tmp_path, **options)
+    monkeypatch.setattr(describe, lambda _: {"products": "float32"})
+    with pytest.raises(OutputError, match="run with products bfloat16, asked for float32"):
+        run(tmp_path, **options)
+
+
+def test_a_second_run_does_not_write_beside_the_first(run: Evaluate, tmp_path: Path) -> None:
+    options = {"suites": [NUMBERS], "num_items": 2, "gate_items": 0}
+    refused: list[str] = []
+
+    def start_another(*_: object) -> None:
+        with pytest.raises(OutputError, match="another run is writing there") as caught:
+            run(tmp_path / "run", **options)
+        refused.append(str(caught.value))
+
+    first = run(tmp_path / "run", progress=start_another, **options)
+    assert len(refused) == 1
+    assert run(tmp_path / "run", **options) == first
 
 
 def test_llm_compressor_folder_is_asked_beside_ours(tiny_checkpoint: Path, tmp_path: Path) -> None:

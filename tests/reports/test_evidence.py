@@ -1,15 +1,21 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nvvl.distill.write import write_bf16
 from nvvl.errors import DataError
+from nvvl.quantize.manifest import Manifest
 from nvvl.reports.deployment import Engine, find_engines
 from nvvl.reports.evidence import gather_evidence, read_proof
+from nvvl.reports.harness_run import HarnessRun
+from nvvl.reports.publish import publish
 
 CHECK = {"rule": "H1", "name": "hashes", "status": "passed", "detail": "ok", "passed": True}
 
@@ -81,6 +87,39 @@ def test_what_was_done_to_the_weights_is_told(run: Any) -> None:
             "0.59 times the harm",
         ),
     )
+
+
+def test_bf16_weights_that_nvvl_wrote_are_reported_without_a_recipe(
+    tiny_checkpoint: Path, make_harness_run: Callable[..., HarnessRun], tmp_path: Path
+) -> None:
+    rotated = tmp_path / "rotated"
+    rotated.mkdir()
+    rotation = {"data": {"set": "default", "num_items": 1576}, "harm": 0.591}
+    write_bf16(
+        tiny_checkpoint, rotated, {}, command=("nvvl", "rotate"), files={"rotation.json": rotation}
+    )
+    runs = [
+        replace(make_harness_run(label, {"acc": [1.0, 0.0]}), model=folder)
+        for label, folder in (("BF16", tiny_checkpoint), ("rotated", rotated))
+    ]
+    known = gather_evidence(runs)["rotated"]
+    assert known.manifest is not None
+    assert (known.recipe, known.num_linears) == (None, {})
+    published = publish(runs, tmp_path / "report")
+    assert published.cards == {}
+    page = published.page.read_text(encoding="utf-8")
+    assert "<code>nvvl rotate</code>" in page
+    assert "<dt>Rotated</dt>" in page
+    for absent in ("<dt>Linears</dt>", "<dt>Calibration</dt>", "Recipe"):
+        assert absent not in page
+
+
+def test_quantized_checkpoint_without_its_recipe_is_refused(run: Any) -> None:
+    Manifest(
+        format="fp8", command=(), source={}, tensors={}, files={}, items=(), versions={}
+    ).write(run.model)
+    with pytest.raises(DataError, match=r"recipe\.json: cannot be read"):
+        gather_evidence([run])
 
 
 def test_file_that_is_no_rotation_is_named(run: Any) -> None:

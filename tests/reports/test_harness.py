@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer
 
 from nvvl.errors import DataError, HardwareError, OutputError
 from nvvl.model.load import load_model
@@ -180,6 +181,23 @@ def test_chat_puts_a_question_into_the_models_own_turns(
     )
 
 
+@pytest.mark.parametrize("question", ["Why?", "/think Why?"])
+def test_answer_in_a_chat_is_scored_in_the_tokens_it_is_generated_in(
+    question: str, make_model: Callable[..., HarnessModel]
+) -> None:
+    model = make_model()
+    values = json.loads(model.processor.tokenizer.to_str())
+    values["model"]["vocab"][">$"] = 290
+    values["model"]["merges"].append([">", "$"])
+    model.processor.tokenizer = Tokenizer.from_str(json.dumps(values))
+    assert len(encode(model, "</think>$3")) < len(encode(model, "</think>") + encode(model, "$3"))
+    prompt = model.apply_chat_template([{"role": "user", "content": question}])
+    answer = encode(model, "$3")
+    ((nats, _),) = model.loglikelihood([ask("loglikelihood", prompt, "$3")])
+    expected = sum(log_probs(model, encode(model, prompt) + answer)[-len(answer) :])
+    assert nats == pytest.approx(expected, abs=1e-3)  # float32, as above
+
+
 def test_local_data_is_prose_that_does_not_overlap() -> None:
     rows = next_words()["test"]
     assert len(rows) > 1000
@@ -321,6 +339,33 @@ def test_other_settings_need_another_folder(
         run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], shorter)
     run = run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], shorter, overwrite=True)
     assert run.results[0].num_items == 3
+
+
+def test_tasks_do_not_go_on_with_other_arithmetic(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = HarnessOptions(limit=1)
+    monkeypatch.setattr(harness, "describe_arithmetic", lambda _: {"products": "bfloat16"})
+    run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], one)
+    monkeypatch.setattr(harness, "describe_arithmetic", lambda _: {"products": "float32"})
+    with pytest.raises(OutputError, match=r"results with other settings \(products\)"):
+        run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], one)
+
+
+def test_a_second_run_does_not_write_beside_the_first(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    one = HarnessOptions(limit=1)
+    refused: list[str] = []
+
+    def start_another(*_: object) -> None:
+        with pytest.raises(OutputError, match="another run is writing there") as caught:
+            run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], one)
+        refused.append(str(caught.value))
+
+    first = run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], one, progress=start_another)
+    assert refused
+    assert load_harness_run(tmp_path) == first
 
 
 def test_task_files_of_ones_own_are_found(

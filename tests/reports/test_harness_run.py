@@ -103,6 +103,18 @@ def test_other_settings_are_refused_or_replaced(run: HarnessRun) -> None:
     assert list(run.out.iterdir()) == []
 
 
+def test_other_arithmetic_is_refused_and_an_unknown_one_is_read(run: HarnessRun) -> None:
+    write(run)
+    path = run.out / "lm-eval.json"
+    values = json.loads(path.read_text())
+    del values["settings"]["arithmetic"]
+    path.write_text(json.dumps(values))
+    assert load_harness_run(run.out) == run
+    here = replace(run, settings=replace(run.settings, arithmetic={"products": "float32"}))
+    with pytest.raises(OutputError, match=r"other settings \(products\); choose another folder"):
+        start(here)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -115,6 +115,28 @@ def test_a_run_with_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
     assert len(load_run(tmp_path).answers) == 5
 
 
+def test_a_run_of_other_arithmetic_is_refused_with_what_differs(tmp_path: Path) -> None:
+    here = replace(SETTINGS, arithmetic={"processor": "AVX2", "products": "float32"})
+    open_journal(tmp_path, here).append(ANSWERS[:2])
+    assert len(open_journal(tmp_path, here).answers) == 2
+    there = replace(SETTINGS, arithmetic={"processor": "AVX2", "products": "bfloat16"})
+    with pytest.raises(OutputError, match="holds a run with products float32, asked for bfloat16"):
+        open_journal(tmp_path, there)
+
+
+def test_a_run_that_did_not_record_its_arithmetic_is_read_and_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["settings"]["arithmetic"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert load_run(tmp_path).settings == SETTINGS
+    here = replace(SETTINGS, arithmetic={"processor": "AVX2"})
+    with pytest.raises(OutputError, match="holds a run with processor unknown, asked for AVX2"):
+        open_journal(tmp_path, here)
+
+
 def test_overwrite_discards_the_answers_of_other_settings(tmp_path: Path) -> None:
     open_journal(tmp_path).append(ANSWERS)
     assert open_journal(tmp_path, replace(SETTINGS, seed=1), overwrite=True).answers == {}

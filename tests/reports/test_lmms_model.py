@@ -101,6 +101,22 @@ def test_answers_are_those_of_the_model_asked_one_by_one(model: Any, tiny_checkp
     assert sorted(text for _, _, text in model.cached) == sorted(expected)
 
 
+def test_pictures_are_opened_a_batch_at_a_time(model: Any) -> None:
+    events: list[Any] = []
+
+    class Documents(list[Any]):
+        def __getitem__(self, place: Any) -> Any:
+            events.append(place)
+            return super().__getitem__(place)
+
+    model.task_dict["task"]["test"] = Documents(model.task_dict["task"]["test"])
+    model.cache_hook = SimpleNamespace(add_partial=lambda *_: events.append("answer"))
+    requests = [ask("the" * (1 + doc), doc) for doc in range(4)]
+    found = model.generate_until(requests)
+    assert events == [3, 2, "answer", "answer", 1, 0, "answer", "answer"]
+    assert found == [model.generate_until([request])[0] for request in requests]
+
+
 def test_text_may_say_where_images_stand(model: Any, tiny_checkpoint: Path) -> None:
     text = "in <image> the <image>"
     (found,) = model.generate_until([ask(text, 2)])

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import torch
 from PIL import Image
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import DataError
+from nvvl.errors import DataError, OutputError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, Processor, Video
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.reports.curves import Sweep, load_sweep
+from nvvl.reports.curves import (
+    Sweep,
+    load_curves,
+    load_sweep,
+    require_replaceable,
+    write_curves,
+)
 from nvvl.reports.evaluate import Options
 from nvvl.reports.question import encode_questions, prepare_question, prune_videos
 from nvvl.reports.suites import Suite
@@ -108,7 +115,7 @@ def test_each_value_has_a_run_and_fewer_tokens(swept: tuple[Path, Sweep]) -> Non
     for value in ("0", "0.5", "0.75"):
         lines = (out / "BF16" / f"evs-{value}" / "answers.jsonl").read_text().splitlines()
         assert len(lines) == 6
-    assert sweep == load_sweep(out)
+    assert sweep == load_sweep(out / "sweep-evs.json")
 
 
 def test_a_second_sweep_asks_nothing_again(
@@ -174,14 +181,37 @@ def test_a_suite_without_videos_has_nothing_to_prune(tiny_checkpoint: Path, tmp_
         run_sweep("evs", {"A": tiny_checkpoint}, tmp_path, OPTIONS, suites=[SHEET])
 
 
+def test_sweeps_of_two_kinds_lie_in_one_folder(swept: tuple[Path, Sweep], tmp_path: Path) -> None:
+    evs = swept[1]
+    tiles = replace(evs, kind="tiles")
+    for curves in (tiles, evs):
+        write_curves(curves, tmp_path)
+    assert load_curves(tmp_path) == ([evs, tiles], [])
+    with pytest.raises(DataError, match=r"no sweep-evs\.json and no sweep-tiles\.json and no d"):
+        load_curves(tmp_path / "elsewhere")
+
+
+def test_curves_of_other_models_or_suites_are_not_replaced_without_a_word(
+    swept: tuple[Path, Sweep], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_curves(swept[1], tmp_path)
+    other = replace(FILM, name="other")
+    for label, suite, lost in (("FP8", FILM, "BF16"), ("BF16", other, "film")):
+        with pytest.raises(OutputError, match=rf"sweep-evs\.json: has curves of {lost}, which wou"):
+            run_sweep("evs", {label: tiny_checkpoint}, tmp_path, OPTIONS, suites=[suite])
+    assert load_curves(tmp_path) == ([swept[1]], [])
+    require_replaceable("evs", tmp_path, ["BF16", "FP8", "film"], overwrite=False)
+    require_replaceable("evs", tmp_path, ["FP8", "film"], overwrite=True)
+
+
 def test_something_else_is_not_read_as_a_sweep(swept: tuple[Path, Sweep], tmp_path: Path) -> None:
-    values = json.loads((swept[0] / "sweep.json").read_text())
-    path = tmp_path / "sweep.json"
+    values = json.loads((swept[0] / "sweep-evs.json").read_text())
+    path = tmp_path / "sweep-evs.json"
     others: list[Any] = [{**values, "kind": "other"}, {**values, "points": [{}]}, []]
     for broken in others:
         path.write_text(json.dumps(broken))
         with pytest.raises(DataError, match="required what nvvl sweep has written"):
-            load_sweep(tmp_path)
+            load_curves(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         load_sweep(tmp_path / "missing.json")
 

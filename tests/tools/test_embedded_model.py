@@ -10,7 +10,8 @@ from nvvl.calib_data.documents import make_document
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model, resolve_model
 from nvvl.model.processor import Processor
-from nvvl.tools.embedded_model.data import Batches, document_row, glyph_targets
+from nvvl.tools.embedded_model.data import NUM_GLYPHS, Batches, document_row, glyph_targets
+from nvvl.tools.embedded_model.muon import Muon
 from nvvl.tools.embedded_model.publish import publish
 from nvvl.tools.embedded_model.spec import SPECIAL_TOKENS, VOCAB_SIZE, make_config
 from nvvl.tools.embedded_model.stages import GROUPS, PLANS, Stage, make_refinement, make_stages
@@ -81,14 +82,35 @@ def test_turns_that_do_not_fit_are_left_out_whole(processor: Processor) -> None:
     assert processor.tokenizer.decode(short.input_ids.tolist()).endswith("\n")
 
 
-def test_glyphs_fall_into_the_patch_that_shows_them(processor: Processor) -> None:
-    document = make_document("line", 5, split="train")
-    glyph = document.glyphs[0][0]
-    _, patch, code = glyph_targets(document, processor.config)[0]
-    row, col = divmod(int(patch), 16)
-    assert chr(int(code) + 32) == glyph.char
-    assert col * 16 <= (glyph.x0 + glyph.x1) // 2 < col * 16 + 16
-    assert row * 16 <= (glyph.y0 + glyph.y1) // 2 < row * 16 + 16
+def test_glyphs_fall_into_the_cell_that_shows_them(processor: Processor) -> None:
+    document = make_document("scrambled_lines", 5, split="train")
+    shown = [glyph for glyph in document.glyphs[0] if glyph.char != " "]
+    targets = glyph_targets(document, processor.config)
+    assert len(targets) == len(shown) > 30
+    for glyph, (_, patch, place) in zip(shown, targets.tolist(), strict=True):
+        cell, code = divmod(place, NUM_GLYPHS)
+        assert chr(code + 32) == glyph.char
+        top, left = 16 * (patch // 16) + 8 * (cell // 4), 16 * (patch % 16) + 4 * (cell % 4)
+        assert left <= (glyph.x0 + glyph.x1) // 2 < left + 4
+        assert top <= (glyph.y0 + glyph.y1) // 2 < top + 8
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
+def test_muon_takes_the_steps_of_torchs(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape) * 0.1
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (
+        Muon([ours], lr=0.02, weight_decay=0.01),
+        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    # torch's iterations round to bfloat16, 2^-9 each: some 1 % after five
+    assert torch.linalg.norm(ours - theirs) < 0.02 * torch.linalg.norm(theirs - start)
 
 
 def test_frozen_parts_get_no_gradient(trainee: Trainee, processor: Processor) -> None:

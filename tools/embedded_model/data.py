@@ -27,6 +27,13 @@ REPLAY_POOL = 48
 NUM_GLYPHS = 95
 """Printable ASCII, 0x20 to 0x7e."""
 
+CELL_ROWS, CELL_COLUMNS = 2, 4
+"""Cells of a patch. In print of 12 px a patch holds three letters of each of two lines; which of
+them stands where is what the vision tower has to tell the language model."""
+
+NUM_GLYPH_PLACES = CELL_ROWS * CELL_COLUMNS * NUM_GLYPHS
+"""Glyphs of a patch, counted apart in each of its cells."""
+
 
 @dataclass
 class TrainingBatch:
@@ -37,7 +44,8 @@ class TrainingBatch:
         input_ids: (B, T) int64.
         answer_mask: (B, T) bool, True on tokens to be predicted.
         pixels: (n, 3, S, S) uint8 tiles of all rows, in order; n may be 0.
-        glyphs: (k, 3) int64 rows of tile, patch and glyph; only single-tile documents have any.
+        glyphs: (k, 3) int64 rows of tile, patch, and cell * `NUM_GLYPHS` + glyph; only documents
+            of one tile have any.
     """
 
     group: str
@@ -138,18 +146,20 @@ def document_row(document: Document, processor: Processor, length: int) -> Row:
 
 
 def glyph_targets(document: Document, config: VLMConfig) -> np.ndarray:
-    """Return (k, 3) rows of 0, patch and glyph for a document of one tile."""
-    side, patch = config.image_size // config.vision.patch_size, config.vision.patch_size
-    rows = [
-        (
-            0,
-            min((glyph.y0 + glyph.y1) // 2 // patch, side - 1) * side
-            + min((glyph.x0 + glyph.x1) // 2 // patch, side - 1),
-            ord(glyph.char) - 32,
-        )
-        for glyph in document.glyphs[0]
-        if glyph.char != " "
-    ]
+    """Return (k, 3) rows of 0, patch, and cell * `NUM_GLYPHS` + glyph, for a document of one tile.
+
+    A glyph stands where its centre is; cells are counted from the left, row after row.
+    """
+    size, patch = config.image_size, config.vision.patch_size
+    rows = []
+    for glyph in document.glyphs[0]:
+        if glyph.char == " ":
+            continue
+        x = min((glyph.x0 + glyph.x1) // 2, size - 1)
+        y = min((glyph.y0 + glyph.y1) // 2, size - 1)
+        cell = y % patch * CELL_ROWS // patch * CELL_COLUMNS + x % patch * CELL_COLUMNS // patch
+        where = y // patch * (size // patch) + x // patch
+        rows.append((0, where, cell * NUM_GLYPHS + ord(glyph.char) - 32))
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 

@@ -20,8 +20,15 @@ from torch import Tensor, nn
 
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
+from nvvl.model.products import has_bf16_units
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.tools.embedded_model.data import NUM_GLYPHS, TrainingBatch, batches, load_processor
+from nvvl.tools.embedded_model.data import (
+    NUM_GLYPH_PLACES,
+    TrainingBatch,
+    batches,
+    load_processor,
+)
+from nvvl.tools.embedded_model.muon import Muon
 from nvvl.tools.embedded_model.publish import publish
 from nvvl.tools.embedded_model.spec import make_config
 from nvvl.tools.embedded_model.stages import PLANS, Stage
@@ -39,7 +46,7 @@ class Trainee(nn.Module):
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.model = NemotronNanoVL(config)
-        self.glyph_head = nn.Linear(config.vision.hidden_size, NUM_GLYPHS)
+        self.glyph_head = nn.Linear(config.vision.hidden_size, NUM_GLYPH_PLACES)
 
     def losses(self, batch: TrainingBatch, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return the answer loss (nats a token) and the glyph loss (nats a patch)."""
@@ -63,11 +70,11 @@ class Trainee(nn.Module):
         return F.cross_entropy(logits.float(), targets[wanted]), glyph_loss
 
     def glyph_loss(self, patches: Tensor, glyphs: Tensor) -> Tensor:
-        """Judge, patch by patch, which glyphs have their centre there.
+        """Judge, patch by patch, which glyphs have their centre in which of its cells.
 
         Args:
             patches: (n, R*R, C) vision features.
-            glyphs: (k, 3) int64 rows of tile, patch and glyph.
+            glyphs: (k, 3) int64 rows of tile, patch, and glyph and cell as `glyph_targets` counts.
         """
         logits = self.glyph_head(patches).float()
         wanted = torch.zeros_like(logits)
@@ -89,7 +96,9 @@ def initialize(trainee: Trainee) -> None:
     torch.manual_seed(0)
     depth = len(trainee.model.config.language.layers)
     for name, parameter in trainee.named_parameters():
-        if name.endswith("A_log"):
+        if name == "glyph_head.weight":
+            parameter.data.zero_()  # judges thousands of places, of which few hold a glyph
+        elif name.endswith("A_log"):
             parameter.data = torch.log(torch.linspace(1, 16, parameter.numel()))
         elif name.endswith("dt_bias"):
             steps = torch.exp(
@@ -99,7 +108,7 @@ def initialize(trainee: Trainee) -> None:
         elif name.endswith(".D") or (parameter.ndim == 1 and name.endswith("weight")):
             parameter.data.fill_(1.0)
         elif name.endswith("bias"):
-            parameter.data.fill_(-4.0 if name.startswith("glyph_head") else 0.0)
+            parameter.data.fill_(-6.0 if name.startswith("glyph_head") else 0.0)
         elif name.endswith("conv1d.weight"):
             nn.init.uniform_(parameter, -0.5, 0.5)
         elif parameter.ndim == 2 and not name.endswith(("embeddings.weight", "token")):
@@ -120,7 +129,7 @@ def make_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
         edge = name.endswith(("embeddings.weight", "lm_head.weight", "glyph_head.weight"))
         (matrices if is_matrix and not edge else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=MUON_RATE, weight_decay=0.01),
         torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -156,6 +165,7 @@ def train_stage(
 ) -> None:
     """Run one stage from ``first_step`` on."""
     device = next(trainee.parameters()).device
+    is_narrow = device.type != "cpu" or has_bf16_units()
     freeze(trainee, stage)
     trainable = [p for p in trainee.parameters() if p.requires_grad]
     saved = started = time.monotonic()
@@ -166,7 +176,8 @@ def train_stage(
             optimizer.zero_grad(set_to_none=True)
         # most batches are single tiles; compiling the rarer shapes costs more than it saves
         stance = "default" if batch.group == "single" else "force_eager"
-        with torch.compiler.set_stance(stance), torch.autocast(device.type, dtype=torch.bfloat16):
+        narrow = torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_narrow)
+        with torch.compiler.set_stance(stance), narrow:
             answer_loss, glyph_loss = trainee.losses(batch, stage)
         (answer_loss + stage.glyph_weight * glyph_loss).backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)

@@ -1,10 +1,9 @@
 """The whole chain on one model: quantize, rotate, distill, prove, evaluate, compare.
 
-    MODEL -> OUT/fp8, OUT/nvfp4
-    MODEL -> OUT/rotated -> OUT/nvfp4-rotated -> OUT/nvfp4-qad
+    MODEL -> OUT/fp8 -> scales -> OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
+    MODEL -> OUT/rotated -> OUT/nvfp4-rotated -> OUT/nvfp4-qad      (not in a short one)
     all -> verified? -> OUT/runs/* -> OUT/report.html
-    OUT/nvfp4 -> OUT/nvfp4-graphs -> OUT/nvfp4-engines
-    MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html
+    MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html             (not in a short one)
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
 user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
@@ -56,7 +55,7 @@ class DemoResult:
 
     Attributes:
         report: The comparison, BF16 first.
-        proofs: Verification of each quantized folder, by format.
+        proofs: Verification of each quantized folder, by its name.
         outputs: What was written, by a word for it.
         notes: What was left out, and why.
     """
@@ -76,6 +75,7 @@ def run_demo(
     source: Path,
     out: Path,
     *,
+    short: bool = False,
     num_items: int = 1000,
     num_calibration_items: int = 256,
     num_distill_steps: int = 60,
@@ -89,6 +89,7 @@ def run_demo(
     Args:
         source: A BF16 checkpoint folder.
         out: Folder to write; made if needed.
+        short: Leave out rotation, distillation and sweeps.
         num_items: Items of each suite.
         num_calibration_items: Generated items that the scales are found on.
         num_distill_steps: Steps of distillation; few, to show the way and not the most it gives.
@@ -104,47 +105,72 @@ def run_demo(
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
     items = load_calibration_set("default", num_items=num_calibration_items, seed=seed)
-    rotated = out / ROTATED
-    outputs = {name: out / name for name in (*FORMATS, ROTATED_NVFP4, DISTILLED)}
     proofs: dict[str, VerificationReport] = {}
     built: dict[str, Path] = {}
+    calibrated = out / FORMATS[0]
     for name in FORMATS:
-        _quantize(name, source, outputs[name], items, device, progress)
+        run = out / name
+        stored = None if run == calibrated else calibrated
+        _quantize(name, source, run, items, device, progress, stored=stored)
         if name == EXPORTED:
-            built = _deploy(outputs[name], progress)
-        proofs[name] = _prove(outputs[name], source, built.get(_GRAPHS.format(name)), progress)
-    _rotate(source, rotated, items, device=device, seed=seed, progress=progress)
-    _quantize("nvfp4", rotated, outputs[ROTATED_NVFP4], items, device, progress)
-    proofs[ROTATED_NVFP4] = _prove(outputs[ROTATED_NVFP4], rotated, None, progress)
-    trained = _distill(
-        outputs[ROTATED_NVFP4],
-        rotated,
-        outputs[DISTILLED],
-        num_steps=num_distill_steps,
-        device=device,
-        seed=seed,
-        progress=progress,
-    )
-    proofs[DISTILLED] = _prove(outputs[DISTILLED], trained, None, progress)
-    folders = {"bf16": source, **outputs}
+            built |= _deploy(run, progress)
+        proofs[name] = _prove(run, source, built.get(_GRAPHS.format(name)), progress)
+    notes = _say_what_is_missing(built)
+    if short:
+        notes += ("rotation, distillation and sweeps: left out, nvvl demo --long has them",)
+    else:
+        proofs |= _improve(
+            source,
+            out,
+            items,
+            num_steps=num_distill_steps,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
+        built["rotated BF16"] = out / ROTATED
+    quantized = {name: out / name for name in proofs}
+    folders = {"bf16": source, **quantized}
     gate_items = min(num_items, Options.gate_items)
     options = Options(num_items=num_items, seed=seed, gate_items=gate_items, device=device)
     runs = _evaluate(folders, source, out / "runs", options, progress)
-    sweeps = _sweep(
-        {name.upper(): folders[name] for name in SWEPT},
-        source,
-        out / "sweeps",
-        Options(num_items=num_sweep_items, seed=seed, gate_items=0, device=device),
-        progress,
-    )
+    built["answers"] = out / "runs"
+    sweeps: list[Path] = []
+    if not short:
+        sweeps = _sweep(
+            {name.upper(): folders[name] for name in SWEPT},
+            source,
+            out / "sweeps",
+            Options(num_items=num_sweep_items, seed=seed, gate_items=0, device=device),
+            progress,
+        )
+        built["sweeps"] = out / "sweeps"
     published = publish(
         runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs], sweeps=sweeps
     )
-    outputs |= built | {"rotated BF16": rotated, "answers": out / "runs", "sweeps": out / "sweeps"}
-    outputs |= {"data": published.data, "report": published.page}
-    return DemoResult(
-        report=published.report, proofs=proofs, outputs=outputs, notes=_say_what_is_missing(built)
+    outputs = quantized | built | {"data": published.data, "report": published.page}
+    return DemoResult(report=published.report, proofs=proofs, outputs=outputs, notes=notes)
+
+
+def _improve(
+    source: Path,
+    out: Path,
+    items: CalibrationSet,
+    *,
+    num_steps: int,
+    device: str,
+    seed: int,
+    progress: ProgressCallback | None,
+) -> dict[str, VerificationReport]:
+    """Write NVFP4 of the rotated model, plain and distilled; return the proofs of both."""
+    rotated, run, distilled = (out / name for name in (ROTATED, ROTATED_NVFP4, DISTILLED))
+    _rotate(source, rotated, items, device=device, seed=seed, progress=progress)
+    _quantize("nvfp4", rotated, run, items, device, progress)
+    proofs = {ROTATED_NVFP4: _prove(run, rotated, None, progress)}
+    trained = _distill(
+        run, rotated, distilled, num_steps=num_steps, device=device, seed=seed, progress=progress
     )
+    return proofs | {DISTILLED: _prove(distilled, trained, None, progress)}
 
 
 def _quantize(
@@ -154,18 +180,21 @@ def _quantize(
     items: CalibrationSet,
     device: str,
     progress: ProgressCallback | None,
+    *,
+    stored: Path | None = None,
 ) -> None:
-    """Write a checkpoint in the format of a preset."""
+    """Write a checkpoint in the format of a preset, with the calibration of another if given."""
     recipe = replace(load_recipe(recipe_name), num_calibration_items=items.num_requested)
     quantize_checkpoint(
         source,
         out,
         recipe,
-        items,
+        items if stored is None else None,
         device=device,
         overwrite=True,
         progress=_within(f"quantize {out.name}", progress),
         command=_COMMAND,
+        from_calibration=stored,
     )
 
 

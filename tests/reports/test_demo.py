@@ -1,11 +1,18 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nvvl.calib_data.manifest import load_calibration_set
+from nvvl.cli import app
 from nvvl.errors import OutputError
-from nvvl.reports import demo_export
+from nvvl.model import products
+from nvvl.quantize.presets import load_recipe
+from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.reports import demo, demo_export
 from nvvl.reports.demo import _say_what_is_missing, run_demo
 from nvvl.reports.run import load_run
 
@@ -83,6 +90,43 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
     assert "\n- Rotated: into bases learned" in card
     assert "\n- Distilled: qad_nvfp4_embedded, 1 steps" in card
     assert load_run(out / "runs" / "nvfp4").model == out / "nvfp4"
+
+
+def test_short_demo_leaves_out_what_takes_long(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run_demo(source, out, short=True, num_items=1, num_calibration_items=2)
+    assert [run.label for run in result.report.runs] == ["BF16", "FP8", "NVFP4"]
+    assert result.passed
+    assert list(result.proofs) == ["fp8", "nvfp4"]
+    assert not result.report.sweeps
+    assert not any((out / name).exists() for name in ("rotated", "nvfp4-qad", "sweeps"))
+    assert all(path.exists() for path in result.outputs.values())
+    assert any("nvvl demo --long" in note for note in result.notes)
+    # packed from FP8's scales, to the bytes of a calibration of its own
+    recipe = replace(load_recipe("nvfp4"), num_calibration_items=2)
+    items = load_calibration_set("default", num_items=2)
+    quantize_checkpoint(source, tmp_path / "nvfp4", recipe, items)
+    packed, alone = (
+        (folder / "nvfp4" / "model.safetensors").read_bytes() for folder in (out, tmp_path)
+    )
+    assert packed == alone
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_demo_is_short_where_the_cpu_has_no_bfloat16_units(
+    has_units: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[bool] = []
+
+    def stop(source: Path, out: Path, *, short: bool, **_: object) -> None:
+        asked.append(short)
+        raise OutputError("enough")
+
+    monkeypatch.setattr(products, "has_bf16_units", lambda: has_units)
+    monkeypatch.setattr(demo, "run_demo", stop)
+    for options in ((), ("--long",), ("--short",)):
+        CliRunner().invoke(app, ["demo", "-o", str(tmp_path), *options])
+    assert asked == [not has_units, False, True]
 
 
 def test_demo_says_what_it_could_not_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from nvvl.distill.data import DistillData, pack_lengths
 from nvvl.distill.embed import embed_items
 from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.split import find_groups
 from nvvl.distill.teacher import check_run, run_identity
 from nvvl.distill.train import Execution, Progress, warn_about_rate
 from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hold_train_folder
@@ -41,7 +40,6 @@ from nvvl.model.hashing import hash_file
 from nvvl.model.load import materialize
 from nvvl.model.packing import Packing
 from nvvl.model.processes import Processes
-from nvvl.model.processor import Processor
 from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
 from nvvl.quantize.journal import describe_arithmetic
@@ -117,13 +115,7 @@ def distill_blockwise(
             quantized, trained = staged
             check_run(run, teacher)
             device = torch.device(how.device)
-            data = DistillData(
-                items.items,
-                Processor.from_folder(teacher),
-                recipe,
-                seed=seed,
-                groups=find_groups(items),
-            )
+            data = DistillData.from_set(items, teacher, recipe, seed=seed)
             identity = run_identity(run, teacher, recipe, items, data.validation, seed)
             kept = _KeptLayers(
                 folder, identity | describe_arithmetic(device), overwrite=how.overwrite

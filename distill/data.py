@@ -13,13 +13,16 @@ Shapes: T tokens.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe, LossTokens
-from nvvl.distill.split import permutation, split_items
+from nvvl.distill.split import find_groups, permutation, split_items
 from nvvl.errors import DataError
 from nvvl.model.processor import ModelInputs, Processor
 
@@ -104,6 +107,32 @@ class DistillData:
         self._seed = seed
         self._share = share
         self._check = check
+
+    @classmethod
+    def from_set(
+        cls,
+        items: CalibrationSet,
+        model: Path,
+        recipe: DistillRecipe,
+        *,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+        check: Callable[[Item], None] | None = None,
+    ) -> Self:
+        """Split a set for the model of a folder, with its `find_groups`.
+
+        Raises:
+            DataError: as the class itself, or if an item cannot be read.
+        """
+        return cls(
+            items.items,
+            Processor.from_folder(model),
+            recipe,
+            seed=seed,
+            groups=find_groups(items),
+            share=share,
+            check=check,
+        )
 
     def __len__(self) -> int:
         return len(self._items)

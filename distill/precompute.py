@@ -54,7 +54,7 @@ def precompute_logits(
         OutputError: if ``out`` exists, or the disk is full.
     """
     require_logits_suffice(recipe)
-    with staged_folder(out, source=teacher, overwrite=overwrite) as folder, torch.no_grad():
+    with staged_folder(out, sources=[teacher], overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)
         model = load_model(teacher, device=device)
         data = DistillData(items.items, Processor.from_folder(teacher), recipe, seed=seed)

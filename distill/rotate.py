@@ -28,7 +28,6 @@ from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.rotation import best_gains, expected_harm, learn_rotation
 from nvvl.distill.sensitivity import Sensitivity, measure_sensitivity, norm_key, values_key
-from nvvl.distill.split import find_groups
 from nvvl.distill.teacher import teacher_digest
 from nvvl.distill.train import Progress
 from nvvl.distill.turn import Turn, TurnedWeights
@@ -37,7 +36,6 @@ from nvvl.errors import CheckpointError, ConfigError, DataError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
-from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.side_files import ROTATION_NAME
@@ -117,18 +115,12 @@ def rotate(
             f"rotation: the set has {len(items.items)} items and {num_held_out} are kept for the "
             "comparison, so none is left to learn from; give more items (--data, --samples)"
         )
-    with staged_folder(out, source=source, overwrite=overwrite) as folder:
+    with staged_folder(out, sources=[source], overwrite=overwrite) as folder:
         checkpoint = Checkpoint(source)
         _require_blocks(checkpoint.config)
         device = torch.device(device)
         model = load_model(source, device=device)
-        data = DistillData(
-            items.items,
-            Processor.from_folder(source),
-            recipe,
-            seed=seed,
-            groups=find_groups(items),
-        )
+        data = DistillData.from_set(items, source, recipe, seed=seed)
         prepare = Preparer(model, recipe, device=device)
         sensitivities = measure_sensitivity(model, _prepared(data, prepare, report), seed=seed)
         turn, harm = learn_turn(model, sensitivities, num_steps=num_steps, progress=report)

@@ -33,7 +33,6 @@ from nvvl.distill.logits import StoredLogits, logits_identity, require_logits_su
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.split import find_groups
 from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.student import Student, require_trainable
 from nvvl.distill.teacher import check_run, run_identity
@@ -43,7 +42,6 @@ from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_qu
 from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
-from nvvl.model.processor import Processor
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats
@@ -184,12 +182,11 @@ def _distill_held(
             logits = None
             if how.logits is not None:
                 logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
-            data = DistillData(
-                items.items,
-                Processor.from_folder(teacher),
+            data = DistillData.from_set(
+                items,
+                teacher,
                 recipe,
                 seed=seed,
-                groups=find_groups(items),
                 share=(processes.index, processes.count),
                 check=None if logits is None else logits.check,
             )

@@ -52,12 +52,9 @@ def staged_outputs(
     Raises:
         OutputError: as `staged_folder`.
     """
-    source, *others = sources
     with (
-        staged_folder(out, source=source, others=others, overwrite=overwrite) as quantized,
-        staged_folder(
-            bf16_folder(out), source=source, others=others, overwrite=overwrite
-        ) as trained,
+        staged_folder(out, sources=sources, overwrite=overwrite) as quantized,
+        staged_folder(bf16_folder(out), sources=sources, overwrite=overwrite) as trained,
     ):
         yield quantized, trained
 

@@ -133,7 +133,7 @@ def build_engines(
         OutputError: if ``dest`` exists, or the disk is too small.
     """
     dest = dest.absolute()  # "." would mean a removed folder, once the current one is replaced
-    with staged_folder(dest, source=graphs_folder, overwrite=overwrite) as folder:
+    with staged_folder(dest, sources=[graphs_folder], overwrite=overwrite) as folder:
         engines = build_into(folder, graphs_folder, dest, options, progress, command)
     return EngineResult(folder=dest, engines=engines)
 

@@ -49,7 +49,7 @@ def build_from_checkpoint(
     require_cache(options.builder, recipe.kv_cache, recipe.kv_dtype)
     layers = layer_sizes(graph_bytes(view, recipe))
     options.require_memory("prefill", largest_part(layers, recipe.num_parts), layers)
-    with staged_folder(dest, source=run, overwrite=overwrite) as folder:
+    with staged_folder(dest, sources=[run], overwrite=overwrite) as folder:
         graphs = folder.parent / "graphs"
         export_onnx(run, graphs, recipe, progress=progress, command=command)
         engines = build_into(folder, graphs, dest, options, progress, command)

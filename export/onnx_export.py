@@ -113,7 +113,7 @@ def export_onnx(
     weights = CheckpointWeights(checkpoint, recipe.dtype)
     if weights.formats:
         _require_unchanged_files(run)
-    with staged_folder(dest, source=run, overwrite=overwrite) as folder:
+    with staged_folder(dest, sources=[run], overwrite=overwrite) as folder:
         _require_space(folder, checkpoint, recipe)
         if recipe.vision == "fp8":
             items = vision_items or load_calibration_set("default", num_items=NUM_IMAGES).items

@@ -83,7 +83,7 @@ class Output:
         self._specs = {spec.name: spec for spec in layout}
         with ExitStack() as stack:
             self._stage = stack.enter_context(
-                resumable_folder(out, source=checkpoint.folder, overwrite=overwrite)
+                resumable_folder(out, sources=[checkpoint.folder], overwrite=overwrite)
             )
             self.journal = stack.enter_context(
                 Journal(self._stage, identity, items, overwrite=overwrite)

@@ -82,23 +82,19 @@ def resumable_stage(out: Path) -> Stage:
 
 
 @contextmanager
-def staged_folder(
-    out: Path, *, source: Path, overwrite: bool, others: Sequence[Path] = ()
-) -> Iterator[Path]:
+def staged_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` when the block ends without an exception.
 
     Args:
         out: The final folder; its parents are made.
-        source: A folder that must survive.
+        sources: Folders that must survive.
         overwrite: Whether an earlier output at ``out`` may be replaced.
-        others: More folders that must survive.
 
     Raises:
         OutputError: if ``out`` exists and may not be replaced, or cannot be made; a finished output
             that only did not get its name is kept, and the error says where.
     """
     out = Path(out).absolute()
-    sources = (source, *others)
     _require_free(out, sources, overwrite=overwrite)
     stage = Stage(out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}"))
     with locked(stage.root):
@@ -112,12 +108,12 @@ def staged_folder(
 
 
 @contextmanager
-def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[Stage]:
+def resumable_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> Iterator[Stage]:
     """Yield a stage whose ``output`` becomes ``out`` when the block ends without an exception.
 
     Args:
         out: The final folder; its parents are made.
-        source: A folder that must survive.
+        sources: Folders that must survive.
         overwrite: Whether an earlier output at ``out`` may be replaced.
 
     Raises:
@@ -126,7 +122,7 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
         KeyboardInterrupt: again, saying how to go on.
     """
     out = Path(out).absolute()
-    _require_free(out, [source], overwrite=overwrite)
+    _require_free(out, sources, overwrite=overwrite)
     stage = resumable_stage(out)
     with locked(stage.root):
         with writing(stage.root):
@@ -136,7 +132,7 @@ def resumable_folder(out: Path, *, source: Path, overwrite: bool) -> Iterator[St
             resumed = stage.has_blocks()
         try:
             yield stage
-            _replace(out, stage, [source], overwrite=overwrite)
+            _replace(out, stage, sources, overwrite=overwrite)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; finished blocks are kept in {stage.root}, and the same command "

@@ -388,7 +388,7 @@ def test_full_disk_keeps_the_state_and_says_what_is_missing(
 
 def test_second_run_into_the_same_folder_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with resumable_folder(out, source=tiny_checkpoint, overwrite=False) as stage:
+    with resumable_folder(out, sources=[tiny_checkpoint], overwrite=False) as stage:
         stage.output.mkdir()
         with pytest.raises(OutputError, match=r"\.out\.partial: another run is writing there"):
             quantize_checkpoint(tiny_checkpoint, out, nvfp4_w4a16(), None)

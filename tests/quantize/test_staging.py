@@ -31,7 +31,7 @@ def test_failed_run_removes_only_what_it_began_itself(
     (stage / "journal.jsonl").write_text(journal)
     with (
         pytest.raises(DataError),
-        resumable_folder(tmp_path / "out", source=tmp_path / "source", overwrite=False),
+        resumable_folder(tmp_path / "out", sources=[tmp_path / "source"], overwrite=False),
     ):
         raise DataError("a picture that cannot be read just now")
     assert (stage / "journal.jsonl").exists() == kept
@@ -45,7 +45,7 @@ def test_foreign_folder_is_kept_where_an_output_exists(overwrite: bool, tmp_path
         path.write_text("years of work")
     with (
         pytest.raises(OutputError, match=r"holds files but no journal" if overwrite else "exists"),
-        resumable_folder(out, source=tmp_path / "source", overwrite=overwrite) as stage,
+        resumable_folder(out, sources=[tmp_path / "source"], overwrite=overwrite) as stage,
     ):
         Journal(stage, {}, [])
     assert foreign.exists()
@@ -61,7 +61,7 @@ def test_mount_point_is_refused_before_any_work(
     monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
     with (
         pytest.raises(OutputError, match=r"out: is a mount point, .*; choose a folder in it"),
-        staging(out, source=tmp_path / "source", overwrite=overwrite),
+        staging(out, sources=[tmp_path / "source"], overwrite=overwrite),
     ):
         pytest.fail("work began")
 
@@ -77,7 +77,7 @@ def test_finished_output_is_kept_if_only_its_name_is_missing(
         raise OSError(errno.EBUSY, reason)
 
     def write() -> None:
-        with staging(out, source=tmp_path / "source", overwrite=False) as stage:
+        with staging(out, sources=[tmp_path / "source"], overwrite=False) as stage:
             folder = stage if staging is staged_folder else stage.output
             folder.mkdir(exist_ok=True)
             (folder / "manifest.json").write_text("{}")
@@ -98,7 +98,7 @@ def test_folder_that_may_not_be_entered_is_one_clear_line(
     monkeypatch.setattr(Path, "exists", denied)
     with (
         pytest.raises(OutputError, match=r"out: cannot be written \(Permission denied\)"),
-        staging(tmp_path / "out", source=tmp_path / "source", overwrite=False),
+        staging(tmp_path / "out", sources=[tmp_path / "source"], overwrite=False),
     ):
         pytest.fail("work began")
 
@@ -114,6 +114,6 @@ def test_what_another_user_left_is_one_clear_line(
     monkeypatch.setattr(Path, act, denied)
     with (
         pytest.raises(OutputError, match=r"\.out\.partial.*\(Permission denied\)"),
-        resumable_folder(tmp_path / "out", source=tmp_path / "source", overwrite=False) as stage,
+        resumable_folder(tmp_path / "out", sources=[tmp_path / "source"], overwrite=False) as stage,
     ):
         Journal(stage, {}, [])

@@ -100,14 +100,16 @@ def _glyph_head(name: str, groups: dict[str, float], steps: int) -> Stage:
     return Stage(name=name, groups=groups, parts=("glyph_head",), steps=steps, glyph_weight=1.0)
 
 
-def _everything(name: str, groups: dict[str, float], steps: int, *, start: float) -> Stage:
+def _everything(
+    name: str, groups: dict[str, float], steps: int, *, start: float, glyph_weight: float = 0.3
+) -> Stage:
     """Return a stage that trains all parts of a trained model to the end of the rate."""
     return Stage(
         name=name,
         groups=groups,
         parts=EVERYTHING,
         steps=steps,
-        glyph_weight=0.3,
+        glyph_weight=glyph_weight,
         start=start,
         end=0.0,
     )
@@ -164,7 +166,7 @@ def make_small_print(scale: float) -> list[Stage]:
     steps = partial(_scaled, scale)
     return [
         _glyph_head("small_glyph_head", {"scrambled": 0.5, "dense": 0.5}, steps(100)),
-        _everything("small_print", SMALL_PRINT, steps(1150), start=0.3),
+        _everything("small_print", SMALL_PRINT, steps(1150), start=0.3, glyph_weight=0.5),
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nvvl import errors
-from nvvl.errors import NvvlError, ReportedError
+from nvvl.errors import HardwareError, NvvlError, ReportedError
 
 # The main process may hash and write terabytes while the others wait; one that died is found out by
 # whatever started them.
@@ -38,10 +38,15 @@ class Processes:
         Args:
             device: ``cpu`` or ``cuda``; on ``cuda`` each process of several takes its own GPU.
             join: False stays alone, however the program was started.
+
+        Raises:
+            HardwareError: if there are fewer GPUs here than processes.
         """
         self.index, self.count = 0, 1
         self.device = torch.device(device)
         if join and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if self.device.type == "cuda":
+                _require_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             from accelerate import Accelerator, InitProcessGroupKwargs
 
             patience = InitProcessGroupKwargs(timeout=_PATIENCE)
@@ -119,3 +124,12 @@ class Processes:
         rows = self._accelerator.gather(value.to(self.device)[None])
         assert isinstance(rows, Tensor)
         return rows.to(value.device)
+
+
+def _require_gpus(num_processes: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if num_processes > num_gpus:
+        raise HardwareError(
+            f"{num_processes} processes were started here, and there are {num_gpus} GPUs; start "
+            f"{num_gpus} (torchrun --nproc-per-node), or pass --device cpu"
+        )

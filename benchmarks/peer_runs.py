@@ -72,7 +72,7 @@ def run_nvvl(preset: str, model: Path, out: Path, work: Path) -> dict[str, Any]:
         quantize_checkpoint(model, out, recipe, items, limits=default_limits())
 
     watch.time("quantize", quantize)
-    header = read_header(out / "calibration.safetensors")
+    header = read_header(out / "calibration.amax")
     result = watch.to_dict("quantize")
     result["linears"] = sum(name.endswith(".weight_amax") for name in header)
     if calibrated:

@@ -107,7 +107,7 @@ def answer(
         eos_token_ids: tokens that end the answer; the config's if None.
         on_token: called with all tokens so far, after each.
     """
-    stops = {config.language.eos_token_id} if eos_token_ids is None else set(eos_token_ids)
+    stops = set(config.language.eos_token_ids if eos_token_ids is None else eos_token_ids)
     start = time.perf_counter()
     ids, features = inputs.input_ids, None
     if len(inputs.pixel_values):

@@ -7,10 +7,10 @@ than to bring the machine down.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from nvvl.errors import HardwareError
 from nvvl.export.parts import largest_part
+from nvvl.model.memory import free_memory
 
 _BASE_BYTES = 600 * 10**6
 _COPIES = 3.2
@@ -56,9 +56,8 @@ def require_build_memory(
 
 
 def available_memory() -> int:
-    """Return how many bytes the system says can be used without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    raise HardwareError("/proc/meminfo: has no MemAvailable; say how much may be used: --memory")
+    """Return how many bytes can be used without swapping."""
+    free = free_memory()
+    if free is None:
+        raise HardwareError("the system does not say what memory is free; say it with --memory")
+    return free

@@ -146,7 +146,11 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, request: Build
     if request.timing_cache is not None:
         cache = request.timing_cache
         saved = cache.read_bytes() if cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False)
+        if not config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False):
+            raise _BuildError(
+                f"{cache}: the timing cache is of another GPU or version; give another file, or "
+                "delete this one"
+            )
 
 
 def _save_timing_cache(config: Any, request: BuildRequest) -> None:

@@ -24,9 +24,9 @@ from nvvl.errors import ConfigError, NvvlError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.tensor_files import tensor_bytes
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.memory import free_memory
 from nvvl.model.processor import ModelInputs, Processor, collate
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.estimate import free_memory
 from nvvl.quantize.load import fake_quant_model, load_any
 
 if TYPE_CHECKING:

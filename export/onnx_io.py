@@ -65,7 +65,7 @@ def describe_graphs(
             "tile_size": config.image_size,
             "tokens_per_tile": config.tokens_per_tile,
             "image_token_id": config.image_token_id,
-            "eos_token_id": config.language.eos_token_id,
+            "eos_token_ids": list(config.language.eos_token_ids),
         },
     }
 

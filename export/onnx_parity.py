@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvvl.errors import ConfigError, EngineError, NvvlError
+from nvvl.errors import CheckpointError, ConfigError, EngineError, NvvlError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import default_probe_items
 from nvvl.export.onnx_export import file_faults, read_manifest
@@ -32,14 +32,15 @@ from nvvl.export.onnx_io import read_io
 from nvvl.export.onnx_language import BACKBONE
 from nvvl.export.onnx_session import GraphFolder, States, StepOutput
 from nvvl.export.onnx_ties import TieSettler
+from nvvl.export.onnx_weights import read_hashes, round_as_graphs
 from nvvl.export.vision_fp8 import quantize_vision
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.hashing import hash_file
+from nvvl.model.memory import free_memory
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import ModelState, NemotronNanoVL
+from nvvl.quantize.declared import is_quantized
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.load import load_any
-from nvvl.quantize.staging import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item
@@ -140,6 +141,13 @@ def prove_graphs(
     files = judge(*FILES, _file_faults(run, dest))
     if not files.passed:
         return [files]
+    needed, free = _memory_needed(run), free_memory()
+    if free is not None and needed > free:
+        reason = (
+            f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; run it on a larger "
+            "machine"
+        )
+        return [files, *(not_checked(*which, reason) for which in (VISION, PREFILL, DECODE, TEXT))]
     items = default_probe_items() if probe_items is None else probe_items
     steps = _Steps(len(TILE_COUNTS) + len(CASES) + len(items), progress)
     try:
@@ -179,11 +187,23 @@ def _compare_all(pair: "_Pair", run: Path, items: "Sequence[Item]", steps: "_Ste
 
 
 def _load_model(run: Path, dest: Path) -> NemotronNanoVL:
-    """Load the checkpoint, with the vision tower that these graphs have."""
+    """Load the checkpoint, with the dtype and the vision tower that these graphs have."""
+    made = read_io(dest)["model"]
     model = load_any(run, dtype=torch.float32)
-    if read_io(dest)["model"]["vision"] == "fp8":
+    round_as_graphs(model, made["dtype"])
+    if made["vision"] == "fp8":
         quantize_vision(model, dest, torch.float32)
     return model
+
+
+def _memory_needed(run: Path) -> int:
+    """Return about how many bytes the proof takes.
+
+    All is float32: the torch model, the language model in two graphs, and whichever graph is being
+    opened once more.
+    """
+    infos = Checkpoint(run).tensors.values()
+    return 4 * 4 * sum(2 * info.numel if info.dtype == "U8" else info.numel for info in infos)
 
 
 @dataclass
@@ -345,15 +365,14 @@ def _compare_text(pair: _Pair, processor: Processor, item: "Item", score: _Score
 def _file_faults(run: Path, dest: Path) -> list[str]:
     try:
         made_from, faults = read_manifest(dest)["checkpoint"], file_faults(dest)
-    except EngineError as fault:
-        return [str(fault)]
-    of_run = run / MANIFEST_NAME
-    if of_run.is_file():  # whose own hashes of tensors are proved elsewhere
-        same = hash_file(of_run) == made_from["manifest_sha256"]
-    else:
         checkpoint = Checkpoint(run)
-        hashes = {name: checkpoint.sha256(name) for name in checkpoint.tensors}
-        same = hashes == made_from["tensors"]
-    if not same:
+        if is_quantized(checkpoint):  # its own hashes of tensors are proved elsewhere
+            recorded = read_hashes(run).tensors
+            hashes = {name: sha256 for name, (sha256, _, _) in recorded.items()}
+        else:
+            hashes = {name: checkpoint.sha256(name) for name in checkpoint.tensors}
+    except (CheckpointError, EngineError) as fault:
+        return [str(fault)]
+    if hashes != made_from["tensors"]:
         faults.append(f"{run}: is not the checkpoint that the graphs were made from")
     return faults

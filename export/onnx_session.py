@@ -109,13 +109,18 @@ def open_session(
         if not expose_inputs and not needs_twin(onnx.load(path, load_external_data=False)):
             return onnxruntime.InferenceSession(str(path), options, providers)
         twin = make_twin(path, expose_inputs=expose_inputs)
-        if twin.ByteSize() <= _LARGEST_IN_MEMORY:
+        if _num_tensor_bytes(twin) <= _LARGEST_IN_MEMORY:
             return onnxruntime.InferenceSession(twin.SerializeToString(), options, providers)
         with tempfile.TemporaryDirectory() as folder:
             onnx.save(twin, Path(folder) / "twin.onnx", save_as_external_data=True)
             return onnxruntime.InferenceSession(f"{folder}/twin.onnx", options, providers)
     except (DecodeError, OSError, ValueError, *_ORT_ERRORS) as error:
         raise EngineError(f"{path}: onnxruntime cannot open it ({first_line(error)})") from error
+
+
+def _num_tensor_bytes(model: onnx.ModelProto) -> int:
+    """Count what makes a model large; `ByteSize` fails above 2 GiB, where it matters."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

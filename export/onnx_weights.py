@@ -7,6 +7,7 @@ engine. A BF16 checkpoint's is not read: the hashes of what was read go into tha
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +20,14 @@ from nvvl.export.onnx_graph import TORCH_DTYPES, GraphDtype
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.safetensors_io import tensor_bytes
+from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
+from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.staging import MANIFEST_NAME
+
+# Tensors that graphs read with `CheckpointWeights.float`, in float32 whatever the graph's dtype.
+_FLOAT_IN_GRAPHS = re.compile(r"(\.norm|\.norm_f|mlp1\.0)\.weight$|\.(A_log|D|dt_bias|pos_embed)$")
 
 
 class CheckpointWeights:
@@ -95,6 +101,21 @@ class CheckpointWeights:
     def scale(self, name: str) -> Tensor:
         """Return a scale as a float32 scalar."""
         return self.stored(name).to(torch.float32).reshape(())
+
+
+def round_as_graphs(model: NemotronNanoVL, dtype: GraphDtype) -> None:
+    """Give a float32 model the values that graphs of a dtype have, in place.
+
+    A checkpoint may be wider than its graphs, whose rounded values are then the ones to run with.
+    """
+    quantized = {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            if module in quantized and leaf != "bias":
+                continue
+            if not _FLOAT_IN_GRAPHS.search(name):
+                parameter.copy_(parameter.to(TORCH_DTYPES[dtype]))
 
 
 def read_hashes(folder: Path) -> HashProof:

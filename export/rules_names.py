@@ -115,15 +115,18 @@ def n7_index(view: CheckpointView) -> Sequence[str]:
     return faults
 
 
-@rule("N8", "only weights are read as weights", servers="V")
+@rule("N8", "only weights are read as weights", servers="VT", silent=True)
 def n8_other_files(view: CheckpointView) -> Sequence[str]:
-    """N8: without an index vLLM loads every *.safetensors file, the calibration record too."""
+    """N8: TensorRT-LLM loads every *.safetensors file, vLLM too where there is no index."""
     if view.folder is None:
         raise NotCheckedError("needs the files")
-    if view.index is not None:
-        return []
-    others = sorted({path.name for path in view.folder.glob("*.safetensors")} - view.shards.keys())
-    return [f"{name}: vLLM would read it as weights; write an index" for name in others]
+    weight_map = (view.index or {}).get("weight_map")
+    if isinstance(weight_map, dict):
+        weights, who = set(weight_map.values()), "TensorRT-LLM"
+    else:
+        weights, who = {name for name in view.shards if name.startswith("model")}, "any server"
+    others = sorted(view.shards.keys() - weights)
+    return [f"{name}: {who} would read it as weights; move it elsewhere" for name in others]
 
 
 NAME_RULES: tuple[Rule[CheckpointView], ...] = (

@@ -7,7 +7,7 @@ form. vLLM reads the latter first, TensorRT-LLM and Edge-LLM the former, and nei
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nvvl.export.checks import NotCheckedError, Rule, rule
+from nvvl.export.checks import Rule, rule
 from nvvl.export.view import CheckpointView
 
 _VLLM_ALGOS = {
@@ -19,7 +19,7 @@ _VLLM_ALGOS = {
     "MXFP8",
     "MIXED_PRECISION",
 }
-_TRTLLM_ALGOS = {"FP8", "NVFP4", "MIXED_PRECISION"}
+_TRTLLM_ALGOS = {"FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"}
 
 
 @rule("C8", "the two quantization configs agree", servers="V", silent=True)
@@ -56,14 +56,8 @@ def c9_vllm_algorithm(view: CheckpointView) -> Sequence[str]:
 
 @rule("C9", "TensorRT-LLM knows the algorithm", servers="T")
 def c9_trtllm_algorithm(view: CheckpointView) -> Sequence[str]:
-    """C9: TensorRT-LLM takes FP8, NVFP4 and MIXED_PRECISION.
-
-    A weight-only checkpoint is written for vLLM on purpose, so it does not fail here.
-    """
-    faults = _unknown_algos(view, _TRTLLM_ALGOS)
-    if faults and not _unknown_algos(view, _TRTLLM_ALGOS | {"W4A16_NVFP4"}):
-        raise NotCheckedError("does not apply: TensorRT-LLM does not load W4A16_NVFP4, vLLM does")
-    return faults
+    """C9: TensorRT-LLM takes FP8, NVFP4, W4A16_NVFP4 (since 2026) and MIXED_PRECISION."""
+    return _unknown_algos(view, _TRTLLM_ALGOS)
 
 
 @rule("C10", "hf_quant_config.json has its keys", servers="VT")

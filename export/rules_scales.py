@@ -111,7 +111,10 @@ def d5_conv1d(view: CheckpointView) -> Sequence[str]:
 
 @rule("D6", "lm_head: stored as declared", servers="V")
 def d6_lm_head(view: CheckpointView) -> Sequence[str]:
-    """D6: a 16-bit lm_head must be excluded, a quantized one must not be: else a load error."""
+    """D6: a 16-bit lm_head must be excluded, a quantized one must not be: else a load error.
+
+    In MIXED_PRECISION a layer that ``quantized_layers`` does not list is 16-bit without that.
+    """
     declaration = view.declaration
     if declaration is None or LM_HEAD not in view.linears:
         return []
@@ -119,7 +122,7 @@ def d6_lm_head(view: CheckpointView) -> Sequence[str]:
     quantized = view.stored(LM_HEAD) != "bf16"
     if quantized and excluded:
         return [f"{LM_HEAD}: stored {view.stored(LM_HEAD)}, but excluded"]
-    if not quantized and not excluded:
+    if not quantized and not excluded and declaration.algo != "MIXED_PRECISION":
         return [f"{LM_HEAD}: stored in 16 bit, but no pattern excludes it; add *lm_head"]
     return []
 

@@ -108,7 +108,12 @@ class Engine:
                 "needs the GPU it was built for and the version that manifest.json names"
             )
         self._check_bindings(trt)
+        if self._engine.streamable_weights_size:  # built with --weight-streaming
+            budget = self._engine.get_weight_streaming_automatic_budget()
+            self._engine.weight_streaming_budget_v2 = budget
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(f"{path}: {trt.__name__} cannot run it: out of GPU memory")
         self._replays = replays
         self._buffers: dict[str, Tensor] = {}
         self._graph: Any = None

@@ -27,7 +27,7 @@ def serve(
     from nvvl.export.view import open_view
     from nvvl.model.resolve import resolve_model
 
-    source = None if against is None else open_view(resolve_model(against))
+    source = None if against is None else open_view(resolve_model(against), strays=False)
     plan = make_serving_plan(open_view(resolve_model(run), source=source), server)
     if as_json:
         print_json(plan.to_dict())

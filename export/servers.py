@@ -1,6 +1,6 @@
 """What each server makes of this model: limits that no rule covers, and how it is started.
 
-Read from sources and documents of vLLM 0.33, TensorRT-LLM main, SGLang main and Edge-LLM 0.11; of
+Read from sources and documents of vLLM 0.33, TensorRT-LLM main, SGLang 0.5 and Edge-LLM 0.11; of
 these, `tools/interop` runs vLLM's CPU build and Edge-LLM's exporter.
 """
 
@@ -30,12 +30,23 @@ _HOPPER_NOTE = (
     "numbers than were calibrated, nearer to BF16"
 )
 
-# SGLang's --quantization by algorithm; it maps the names of mixed layers for this architecture.
+# SGLang's --quantization by algorithm.
 _SGLANG_METHODS = {
     "FP8": "modelopt_fp8",
     "NVFP4": "modelopt_fp4",
+    "W4A16_NVFP4": "modelopt_fp4",
     "MIXED_PRECISION": "modelopt_mixed",
 }
+
+# The only vision towers that SGLang builds, by the name in vision_config.args, whatever sizes stand
+# beside it: width, layers, heads, width of the MLP.
+_SGLANG_TOWERS = {
+    "vit_small_patch16_224": (384, 12, 6, 1536),
+    "vit_base_patch16_224": (768, 12, 12, 3072),
+    "vit_large_patch16_224": (1024, 24, 16, 4096),
+    "vit_huge_patch16_224": (1280, 32, 16, 5120),
+}
+_TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # (what of the checkpoint it cannot take, what is good to know)
 Findings = tuple[list[str], list[str]]
@@ -62,10 +73,11 @@ def _write_vllm(view: CheckpointView, folder: str) -> list[str]:
 
 def _find_tensorrt_llm(view: CheckpointView) -> Findings:
     obstacles = [] if _has_code(view) else [_no_code("TensorRT-LLM")]
-    if _algo(view) == "W4A16_NVFP4":
-        obstacles.append("weights-only NVFP4: it knows FP8, NVFP4 and MIXED_PRECISION")
     notes = ["its PyTorch backend loads the folder as it is; it has no engines of this model"]
     notes.append("chunked prefill fails with video; reuse of cache blocks must be off")
+    notes.append("with pruned videos it takes no batch that mixes them with prompts without one")
+    if _algo(view) == "W4A16_NVFP4":
+        notes.append("weights-only NVFP4 came in 2026: older releases may refuse W4A16_NVFP4")
     if _algo(view) in ("NVFP4", "MIXED_PRECISION"):
         notes.append(_HOPPER_NOTE)
     return obstacles, notes
@@ -76,10 +88,11 @@ def _write_tensorrt_llm(view: CheckpointView, folder: str) -> list[str]:
     return [
         f"echo {shlex.quote(config)} > trtllm.yml",
         _join(
-            f"TLLM_VIDEO_PRUNING_RATIO={_PRUNING_RATE} trtllm-serve {folder}",
+            f"trtllm-serve {folder}",
             "--backend pytorch",
             "--trust_remote_code" if _has_code(view) else "",
             f"--max_num_tokens {_context(view)}",
+            f"--video_pruning_rate {_PRUNING_RATE}",
             f"--media_io_kwargs {shlex.quote(json.dumps(_VIDEO))}",
             "--config trtllm.yml",
         ),
@@ -88,10 +101,31 @@ def _write_tensorrt_llm(view: CheckpointView, folder: str) -> list[str]:
 
 def _find_sglang(view: CheckpointView) -> Findings:
     obstacles = []
+    sizes = (view.config.get("vision_config") or {}).get("args") or {}
+    name = sizes.get("model")
+    if name not in _SGLANG_TOWERS:
+        obstacles.append(f"vision tower {name!r}: it builds {', '.join(_SGLANG_TOWERS)}")
+    else:
+        built: dict[str, int] = dict(zip(_TOWER_SIZES, _SGLANG_TOWERS[name], strict=True))
+        given = {size: sizes[size] for size in _TOWER_SIZES if sizes.get(size) is not None}
+        differ = [f"{key} {n} (not {built[key]})" for key, n in given.items() if n != built[key]]
+        if differ:
+            obstacles.append(
+                f"vision tower {name} with {', '.join(differ)}: it goes by the name alone"
+            )
+    if _algo(view) == "MIXED_PRECISION" and any(
+        view.stored(f"{mixer}.{part}") != "bf16"
+        for mixer in view.attention_layers
+        for part in ("q_proj", "k_proj", "v_proj")
+    ):
+        obstacles.append(
+            "quantized attention in MIXED_PRECISION: it looks for qkv_proj among the layers, finds "
+            "none, and takes the codes for 16-bit values; leave q, k and v in BF16"
+        )
+    notes = []
     if _algo(view) == "W4A16_NVFP4":
-        known = ", ".join(_SGLANG_METHODS.values())
-        obstacles.append(f"W4A16_NVFP4 for the whole model: its --quantization knows {known}")
-    return obstacles, []
+        notes.append("weights-only NVFP4 is in 0.5.23: older releases may refuse W4A16_NVFP4")
+    return obstacles, notes
 
 
 def _write_sglang(view: CheckpointView, folder: str) -> list[str]:
@@ -134,13 +168,21 @@ def _find_edge_llm(view: CheckpointView) -> Findings:
     notes = [
         "it builds engines on the machine that serves: Jetson Thor, or an RTX or data center GPU"
     ]
+    if _algo(view) == "W4A16_NVFP4":
+        notes.append(
+            "weights-only NVFP4 by way of ONNX alone: tensorrt-edgellm-serve would round inputs, "
+            "with a scale of 1"
+        )
     return obstacles, notes
 
 
 def _write_edge_llm(view: CheckpointView, folder: str) -> list[str]:
     context = min(_context(view), 8192)
+    export = f"tensorrt-edgellm-export {folder} edge-llm-onnx --skip-audio"
+    if _algo(view) == "W4A16_NVFP4":
+        return [f"{export} --no-quantize-activations"]
     return [
-        f"tensorrt-edgellm-export {folder} edge-llm-onnx --skip-audio",
+        export,
         "# or, on the machine that serves, engines without ONNX:",
         _join(
             f"tensorrt-edgellm-serve {folder}",

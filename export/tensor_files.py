@@ -14,7 +14,7 @@ from torch import Tensor
 from nvvl.errors import CheckpointError
 from nvvl.export.view import CheckpointView
 
-CALIBRATION_NAME = "calibration.safetensors"
+CALIBRATION_NAME = "calibration.amax"
 
 
 class TensorFiles:

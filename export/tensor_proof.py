@@ -30,6 +30,10 @@ class _Unit:
     leaves: tuple[str, ...]
     is_quantized: bool
 
+    def name(self, leaf: str) -> str:
+        """Return the name of one of its tensors; a stray one may be of no module."""
+        return f"{self.module}.{leaf}" if self.module else leaf
+
 
 @dataclass(frozen=True)
 class TensorProof:
@@ -59,13 +63,13 @@ def prove_tensors(view: CheckpointView, *, progress: Progress | None = None) -> 
     source = None if view.source is None else TensorFiles(view.source)
     units = _list_units(view)
     for done, unit in enumerate(units, start=1):
-        parts = {leaf: written.read(f"{unit.module}.{leaf}") for leaf in unit.leaves}
-        name = f"{unit.module}.{unit.leaves[0]}"
+        parts = {leaf: written.read(unit.name(leaf)) for leaf in unit.leaves}
+        name = unit.name(unit.leaves[0])
         original = None if source is None or not source.has(name) else source.read(name)
         if hashes is not None:
             for leaf, tensor in parts.items():
                 first = leaf == unit.leaves[0]
-                hashes.see(f"{unit.module}.{leaf}", tensor, original if first else None)
+                hashes.see(unit.name(leaf), tensor, original if first else None)
         if unit.is_quantized:
             values.see_linear(unit.module, parts, original)
         else:

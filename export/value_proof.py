@@ -49,7 +49,7 @@ class ValueProof:
     """Collects faults tensor by tensor, then states them as checks.
 
     Attributes:
-        calibration: The amax values of calibration.safetensors by name; None if there is none.
+        calibration: The amax values of calibration.amax by name; None if there is none.
         has_source: Whether source tensors will be given.
         sqnr_db: Signal to quantization noise of each dequantized weight seen so far.
     """
@@ -106,7 +106,7 @@ class ValueProof:
         """State what was found, once every tensor has been seen."""
         self._faults["amax"] += self._amax_faults()
         without_source = "needs the source"
-        without_calibration = "the folder has no calibration.safetensors"
+        without_calibration = "the folder has no calibration.amax"
         checks = []
         for key, (rule, name) in _CHECKS.items():
             if not self.has_source and key in ("copied", "codes", "blocks", "amax", "sqnr"):
@@ -143,7 +143,7 @@ class ValueProof:
                 continue
             amax = self._amax(f"{fqn}.{key}")
             if amax is None:
-                self._fault("scales", f"{fqn}.{leaf}: calibration.safetensors has no {fqn}.{key}")
+                self._fault("scales", f"{fqn}.{leaf}: calibration.amax has no {fqn}.{key}")
                 continue
             wanted = codes.scale_of(amax, FORMAT_MAX[stored])
             if parts[leaf].numel() != 1 or float(parts[leaf].float()) != wanted:
@@ -207,7 +207,7 @@ class ValueProof:
         if self.calibration is None or not self.has_source:
             return
         for name in sorted(self.calibration.keys() - self._used_amax):
-            yield f"{name}: in calibration.safetensors, but of no quantized linear"
+            yield f"{name}: in calibration.amax, but of no quantized linear"
         for fqn in self._source_amax:
             stored = self.calibration.get(f"{fqn}.weight_amax")
             wanted = max(self._source_amax.get(part, 0.0) for part in _sharing(fqn))

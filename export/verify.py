@@ -157,7 +157,7 @@ def verify(
 
 
 def _open_source(source: Path) -> CheckpointView:
-    view = open_view(source)
+    view = open_view(source, strays=False)
     if any(view.stored(fqn) != "bf16" for fqn in view.linears):
         raise CheckpointError(
             f"{source}: holds quantized weights; required the BF16 checkpoint that they were made "

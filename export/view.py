@@ -200,15 +200,26 @@ def is_scale(name: str) -> bool:
     return name.rpartition(".")[2] in (*SCALE_LEAVES, "k_scale", "v_scale")
 
 
-def open_view(folder: Path, *, source: CheckpointView | None = None) -> CheckpointView:
+def open_view(
+    folder: Path, *, source: CheckpointView | None = None, strays: bool = True
+) -> CheckpointView:
     """Read the JSON files and every header of a folder.
+
+    Args:
+        folder: A checkpoint.
+        source: The BF16 checkpoint it was made from, if known.
+        strays: Whether safetensors files count that are not the model's by name or index: a server
+            may read them. Of a source they do not, no more than when it is quantized.
 
     Raises:
         CheckpointError: if config.json or the safetensors files are missing or malformed.
     """
     index = read_json(folder / INDEX_NAME)
-    files = sorted(folder.glob("*.safetensors"))
-    weights = [path for path in files if path.name != "calibration.safetensors"]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not strays:
+        weight_map = (index or {}).get("weight_map")
+        named = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        weights = [p for p in weights if p.name in named or p.name.startswith("model")]
     if not weights:
         raise CheckpointError(f"{folder}: no *.safetensors file; give the folder of a checkpoint")
     headers = {path.name: read_headers(path) for path in weights}

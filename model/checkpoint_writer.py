@@ -325,8 +325,8 @@ def _place(folder: Path, shard: Shard) -> Iterator[TensorInfo]:
 def _encode_index(shards: Sequence[Shard]) -> bytes:
     """Build the index file.
 
-    A single file gets one too: a server that finds no index loads every ``*.safetensors`` beside
-    it as weights (vLLM does), and ``calibration.safetensors`` holds none.
+    A single file gets one too: a server that finds no index loads every ``*.safetensors`` that
+    somebody put beside it as weights (vLLM does).
     """
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     index = {

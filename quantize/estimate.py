@@ -18,10 +18,10 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nvvl.errors import HardwareError
 from nvvl.model.config import VLMConfig
+from nvvl.model.memory import free_memory
 from nvvl.model.safetensors_io import TensorSpec
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import LAYERS
@@ -150,15 +150,6 @@ def default_limits() -> Limits:
     free = free_memory()
     parts = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Limits(activation_bytes=None if free is None else free // parts)
-
-
-def free_memory() -> int | None:
-    """Return the bytes of memory that programs can still have, or None if nobody says so."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", path.read_text(encoding="ascii"), re.M)
-    return None if match is None else int(match[1]) * 1024
 
 
 def measure_rates() -> Rates:

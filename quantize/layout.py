@@ -25,7 +25,9 @@ from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import LinearShape, quantized_only
 
-CALIBRATION_NAME = "calibration.safetensors"
+# Of the safetensors format, under a name that no server takes for weights: TensorRT-LLM reads every
+# *.safetensors file of a folder, whatever its index lists.
+CALIBRATION_NAME = "calibration.amax"
 
 StoredFormat = Format | Literal["fp8-per-channel"]
 
@@ -66,7 +68,7 @@ def linear_tensors(fqn: str, shape: LinearShape, linear_format: StoredFormat) ->
 
 
 def calibration_tensors(formats: Mapping[str, Format]) -> list[TensorSpec]:
-    """List the content of ``calibration.safetensors``, in file order: float32 scalars.
+    """List the content of ``calibration.amax``, in file order: float32 scalars.
 
     Args:
         formats: Format of each quantizable linear.

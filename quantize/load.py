@@ -5,7 +5,7 @@ checks:
 
 * `load_any` reads the packed tensors, as a server would: codes and scales from disk.
 * `fake_quant_model` takes the BF16 source and puts ModelOpt's quantizers on it, with the amax of
-  ``calibration.safetensors``: the model that was calibrated.
+  ``calibration.amax``: the model that was calibrated.
 
 Folders of ModelOpt and llm-compressor are read as well, so that a peer's output can be judged:
 `nvvl.quantize.declared` gives their tensors our names and scales, or says what is not understood.
@@ -86,7 +86,7 @@ def fake_quant_model(
 
     Args:
         source: The BF16 checkpoint folder.
-        out: The quantized folder, for ``recipe.json`` and ``calibration.safetensors``; its weights
+        out: The quantized folder, for ``recipe.json`` and ``calibration.amax``; its weights
             are not read.
         dtype: Of activations and products.
         device: Where the tensors go.

@@ -99,7 +99,7 @@ def require_usable(amaxes: Mapping[str, Amax], formats: Mapping[str, Format]) ->
 
 
 def to_tensors(amaxes: Mapping[str, Amax]) -> dict[str, Tensor]:
-    """Return the content of ``calibration.safetensors``: float32 scalars by name."""
+    """Return the content of ``calibration.amax``: float32 scalars by name."""
     tensors = {}
     for fqn, amax in sorted(amaxes.items()):
         if amax.input is not None:
@@ -109,7 +109,7 @@ def to_tensors(amaxes: Mapping[str, Amax]) -> dict[str, Tensor]:
 
 
 def read_amaxes(path: Path, fqns: Iterable[str]) -> dict[str, Amax]:
-    """Read ``calibration.safetensors`` back.
+    """Read ``calibration.amax`` back.
 
     Args:
         path: The file.

@@ -29,8 +29,8 @@ RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
 ROTATION_NAME = "rotation.json"  # what nvvl rotate did to the source; copied as any small file
 
-# Not copied from a source folder: weights of any kind, archives, hidden files, and what is written
-# anew.
+# Not copied from a source folder: weights of any kind, archives, hidden files, the card of another
+# model, and what is written anew.
 _NOT_COPIED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -49,6 +49,7 @@ _NOT_COPIED = (
     "*.tgz",
     "*.zip",
     ".*",
+    "README.md",
     "config.json",
     HF_QUANT_CONFIG_NAME,
     RECIPE_NAME,

@@ -36,7 +36,7 @@ class StoredCalibration:
         items: (id, SHA-256) of the calibration items.
         recipe: The recipe of that run.
         formats: The format it gave to each quantizable linear.
-        sha256: Of ``calibration.safetensors``.
+        sha256: Of ``calibration.amax``.
     """
 
     folder: Path

@@ -148,7 +148,7 @@ def write_quantized(source: Path, folder: Path, scheme: str) -> Path:
         "weight_map": dict.fromkeys(sorted(tensors), "model.safetensors"),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file(calibration, folder / "calibration.safetensors")
+    save_file(calibration, folder / "calibration.amax")
     hf_config = hf_quant_config(config, formats)
     (folder / "recipe.json").write_text(json.dumps({"recipe": {}, "formats": formats}))
     (folder / "hf_quant_config.json").write_text(json.dumps(hf_config))

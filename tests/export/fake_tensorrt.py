@@ -85,8 +85,9 @@ class Config:
     def create_timing_cache(self, data: bytes) -> TimingCache:
         return TimingCache(data)
 
-    def set_timing_cache(self, cache: TimingCache, *, ignore_mismatch: bool) -> None:
+    def set_timing_cache(self, cache: TimingCache, *, ignore_mismatch: bool) -> bool:
         self.cache = cache
+        return cache.data != b"of another GPU"
 
     def get_timing_cache(self) -> TimingCache:
         return self.cache
@@ -145,6 +146,9 @@ class Runtime:
 
 
 class Engine:
+    streamable_weights_size = 0
+    weight_streaming_budget_v2: int | None = None
+
     def __init__(self, graph: str) -> None:
         self.session = onnxruntime.InferenceSession(graph)
         model = onnx.load(graph, load_external_data=False).graph
@@ -167,7 +171,10 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(-1 if dim.dim_param else dim.dim_value for dim in self.ports[name].shape.dim)
 
-    def create_execution_context(self) -> "Context":
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
+
+    def create_execution_context(self) -> "Context | None":
         return Context(self)
 
 

@@ -328,6 +328,17 @@ def test_timing_cache_that_cannot_be_written_is_refused_before_anything_is_built
         replace(tensorrt, timing_cache=tmp_path / name)
 
 
+def test_timing_cache_of_another_gpu_is_refused_and_kept(
+    graphs: Path, tmp_path: Path, tensorrt: EngineOptions
+) -> None:
+    cache = tmp_path / "times.bin"
+    cache.write_bytes(b"of another GPU")
+    with pytest.raises(EngineError, match=r"times\.bin: the timing cache is of another GPU"):
+        build_engines(graphs, tmp_path / "engines", replace(tensorrt, timing_cache=cache))
+    assert cache.read_bytes() == b"of another GPU"
+    assert not (tmp_path / "engines").exists()
+
+
 def test_engines_may_lie_in_the_folder_of_graphs(graphs: Path, tensorrt: EngineOptions) -> None:
     build_engines(graphs, graphs / "engines", tensorrt)
     names = {path.name for path in (graphs / "engines").iterdir()}

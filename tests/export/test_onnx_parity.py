@@ -19,11 +19,13 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CalibrationError, CheckpointError, EngineError
-from nvvl.export import onnx_parity
+from nvvl.export import onnx_parity, onnx_session
 from nvvl.export.checks import Check
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_parity import TOLERANCE, prove_graphs, relative_error
@@ -35,6 +37,8 @@ from nvvl.model.hashing import hash_file
 from nvvl.model.prompt import Message
 from nvvl.quantize import fp8, nvfp4
 from nvvl.quantize.load import load_any
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.walk import quantize_checkpoint
 
 Folders = Callable[[str], Path]
 
@@ -61,6 +65,47 @@ def test_graphs_of_every_format_pass(
 ) -> None:
     run = source if scheme == "bf16" else written(scheme)
     export_onnx(run, tmp_path / "graphs", SMALL)
+    assert passed(prove_graphs(run, tmp_path / "graphs", probe_items=probes))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8"])
+def test_graphs_of_a_wider_source_pass(
+    make_checkpoint: Callable[..., Path], probes: list[Item], tmp_path: Path, scheme: str
+) -> None:
+    """What the graphs round, the torch model has to have rounded too."""
+    narrow = load_file(make_checkpoint(tmp_path / "narrow") / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    wide = {
+        name: tensor.float() * (1 + 0.003 * torch.rand(tensor.shape, generator=generator))
+        for name, tensor in narrow.items()
+        if tensor.is_floating_point()
+    }
+    run = make_checkpoint(tmp_path / "wide", replace=wide)
+    if scheme != "bf16":
+        items = CalibrationSet(items=tuple(probes), spec="test", num_requested=len(probes))
+        quantize_checkpoint(run, tmp_path / scheme, PRESETS[scheme](), items)
+        run = tmp_path / scheme
+    export_onnx(run, tmp_path / "graphs", SMALL)
+    assert passed(prove_graphs(run, tmp_path / "graphs", probe_items=probes))
+
+
+def test_a_proof_that_does_not_fit_the_memory_is_not_begun(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(source, tmp_path / "graphs", SMALL)
+    monkeypatch.setattr(onnx_parity, "free_memory", lambda: 1000)
+    files, *rest = prove_graphs(source, tmp_path / "graphs")
+    assert files.passed
+    assert [check.passed for check in rest] == [None] * 4
+    assert all("GB are free" in check.detail for check in rest)
+
+
+def test_a_twin_too_large_for_protobuf_goes_through_a_file(
+    written: Folders, probes: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = written("nvfp4")
+    export_onnx(run, tmp_path / "graphs", SMALL)
+    monkeypatch.setattr(onnx_session, "_LARGEST_IN_MEMORY", 1000)
     assert passed(prove_graphs(run, tmp_path / "graphs", probe_items=probes))
 
 

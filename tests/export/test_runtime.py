@@ -107,6 +107,33 @@ def test_engines_give_what_their_graphs_give(folders: Folders, name: str) -> Non
             assert torch.equal(one, other)
 
 
+def test_streamed_weights_get_a_budget_before_they_are_needed(
+    fake: Any, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int | None] = []
+    create = fake.Engine.create_execution_context
+
+    def keep(engine: Any) -> Any:
+        seen.append(engine.weight_streaming_budget_v2)
+        return create(engine)
+
+    monkeypatch.setattr(fake.Engine, "create_execution_context", keep)
+    converse(EngineRunner(engines, device="cpu"), 1)
+    assert set(seen) == {None}
+    monkeypatch.setattr(fake.Engine, "streamable_weights_size", 100)
+    seen.clear()
+    converse(EngineRunner(engines, device="cpu"), 1)
+    assert set(seen) == {50}
+
+
+def test_engine_that_does_not_fit_the_gpu_is_one_line(
+    fake: Any, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake.Engine, "create_execution_context", lambda _: None)
+    with pytest.raises(EngineError, match=r"\.engine: tensorrt cannot run it: out of GPU memory"):
+        converse(EngineRunner(engines, device="cpu"), 1)
+
+
 def test_an_answer_from_engines_is_that_of_their_graphs(folders: Folders) -> None:
     graphs, engines = folders("inside")
     processor = Processor.from_folder(engines)

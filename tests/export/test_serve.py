@@ -3,16 +3,21 @@
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.cli import app
 from nvvl.export.serve import ServingPlan, make_serving_plan
 from nvvl.export.servers import SERVERS, ServerName
 from nvvl.export.view import open_view
+from nvvl.quantize.presets import PRESETS
+from nvvl.quantize.recipe import Rule
+from nvvl.quantize.walk import quantize_checkpoint
 
 SERVER_NAMES: tuple[ServerName, ...] = ("vllm", "tensorrt-llm", "sglang", "edge-llm")
 
@@ -28,10 +33,15 @@ def change_config(folder: Path, **changes: Any) -> Path:
 
 
 def as_released(folder: Path) -> Path:
-    """Give a folder the code file and template that a released checkpoint brings."""
+    """Give a folder the code file, template and vision sizes that a released checkpoint brings."""
     (folder / "configuration.py").write_text("")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return change_config(folder, auto_map={"AutoConfig": "configuration.Config"})
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    vision["args"] = {"model": "vit_huge_patch16_224", "teachers": vision["args"]["teachers"]}
+    vision["args"]["register_multiple"] = 4
+    return change_config(
+        folder, auto_map={"AutoConfig": "configuration.Config"}, vision_config=vision
+    )
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
@@ -54,7 +64,8 @@ def test_commands_name_the_folder_and_the_format(copy_of: Callable[[str], Path])
     assert "--quantization modelopt_fp4" in plan(folder, "sglang").commands[0]
     config, command = plan(folder, "tensorrt-llm").commands
     assert "enable_block_reuse: false" in config
-    assert command.startswith("TLLM_VIDEO_PRUNING_RATIO=0.75 trtllm-serve ")
+    assert command.startswith("trtllm-serve ")
+    assert "--video_pruning_rate 0.75" in command
     assert "--max-kv-cache-capacity 8192" in plan(folder, "edge-llm").commands[-1]
 
 
@@ -72,27 +83,56 @@ def test_path_with_a_space_is_quoted(copy_of: Callable[[str], Path]) -> None:
     assert shlex.split(plan(renamed, "vllm").commands[0])[2] == str(renamed)
 
 
-@pytest.mark.parametrize(
-    ("name", "obstacle"),
-    [
-        ("tensorrt-llm", "weights-only NVFP4"),
-        ("sglang", "W4A16_NVFP4"),
-    ],
-)
-def test_weights_only_is_for_vllm(
-    copy_of: Callable[[str], Path], name: ServerName, obstacle: str
+@pytest.mark.parametrize("name", SERVER_NAMES[:3])
+def test_weights_only_is_served(copy_of: Callable[[str], Path], name: ServerName) -> None:
+    served = plan(as_released(copy_of("nvfp4-w4a16")), name)
+    assert served.passed
+    assert (name == "vllm") != any("older releases" in note for note in served.notes)
+
+
+def test_edge_llm_keeps_inputs_of_weights_only(copy_of: Callable[[str], Path]) -> None:
+    commands = plan(as_released(copy_of("nvfp4-w4a16")), "edge-llm").commands
+    assert len(commands) == 1  # its server has no such option
+    assert "--no-quantize-activations" in commands[0]
+
+
+def test_sglang_takes_mixed_layers_but_no_quantized_attention(
+    copy_of: Callable[[str], Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = as_released(copy_of("nvfp4-w4a16"))
-    assert plan(folder, "vllm").passed
-    refused = plan(folder, name)
-    assert not refused.passed
-    assert obstacle in refused.obstacles[0]
-
-
-def test_sglang_takes_mixed_layers(copy_of: Callable[[str], Path]) -> None:
-    served = plan(as_released(copy_of("mixed")), "sglang")
+    refused = plan(as_released(copy_of("mixed")), "sglang")
+    assert [line.split(":")[0] for line in refused.obstacles] == [
+        "quantized attention in MIXED_PRECISION"
+    ]
+    rules = (
+        Rule(target="*.up_proj", format="fp8"),
+        Rule(target="*.down_proj", format="nvfp4"),
+    )
+    recipe = replace(PRESETS["mixed"](), rules=rules)
+    items = load_calibration_set("default", num_items=2)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "mlp", recipe, items)
+    served = plan(as_released(tmp_path / "mlp"), "sglang")
     assert served.obstacles == []
     assert "--quantization modelopt_mixed" in served.commands[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"model": "vit_tiny_test"}, "vision tower 'vit_tiny_test': it builds vit_small_patch16"),
+        (
+            {"model": "vit_small_patch16_224", "hidden_size": 256, "num_attention_heads": 6},
+            "vision tower vit_small_patch16_224 with hidden_size 256 (not 384): it goes",
+        ),
+    ],
+)
+def test_sglang_builds_towers_by_name(
+    copy_of: Callable[[str], Path], args: dict[str, Any], said: str
+) -> None:
+    folder = as_released(copy_of("fp8"))
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    change_config(folder, vision_config=vision | {"args": args})
+    (obstacle,) = plan(folder, "sglang").obstacles
+    assert obstacle.startswith(said)
 
 
 def test_folder_without_code_cannot_be_configured(written: Callable[[str], Path]) -> None:

@@ -477,10 +477,22 @@ def test_code_of_a_planned_checkpoint_reads_not_checked(make_view: ViewFactory) 
     assert code.servers == ("vLLM", "TensorRT-LLM")
 
 
-def test_weight_only_does_not_apply_to_trtllm(make_view: ViewFactory) -> None:
+def test_weight_only_is_known_to_both_servers(make_view: ViewFactory) -> None:
     checks = [c for c in check_server_rules(make_view("nvfp4-w4a16")) if c.rule == "C9"]
-    assert [check.passed for check in checks] == [True, None]
-    assert "vLLM" in checks[1].detail
+    assert [check.passed for check in checks] == [True, True]
+
+
+@pytest.mark.parametrize(("up_proj", "held"), [("fp8", True), ("nvfp4", False)])
+def test_lm_head_of_a_mixed_checkpoint_needs_no_pattern(
+    make_view: ViewFactory, up_proj: Format, held: bool
+) -> None:
+    view = make_view(lambda fqn: up_proj if fqn.endswith("up_proj") else "nvfp4")
+    part = view.config["quantization_config"]
+    assert (part["quant_algo"] == "MIXED_PRECISION") == held
+    ignore = [pattern for pattern in part["ignore"] if "lm_head" not in pattern]
+    bare = with_config(view, quantization_config=part | {"ignore": ignore})
+    (d6,) = (check for check in check_server_rules(bare) if check.rule == "D6")
+    assert d6.passed is held
 
 
 def test_rules_load_without_torch() -> None:

@@ -1,0 +1,50 @@
+"""How much memory programs can still have here: of the machine, or of the container's share."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# A limit that says "none": version 1 of control groups has a number near 2**63 for it.
+_NO_LIMIT = 1 << 60
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that programs can still have, or None if nobody says so.
+
+    The least of what the system has left and what each control group that holds this process
+    (``docker run -m``, Kubernetes, SLURM) may still use. File pages count as free.
+
+    Args:
+        root: Where ``/proc`` and ``/sys`` are.
+    """
+    return min(_amounts(root), default=None)
+
+
+def _amounts(root: Path) -> Iterator[int]:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.M)
+    if found is not None:
+        yield int(found[1]) * 1024
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        if controllers:
+            base, names = root / "sys/fs/cgroup/memory", ("limit_in_bytes", "usage_in_bytes")
+            cached = "total_inactive_file"
+        else:
+            base, names, cached = root / "sys/fs/cgroup", ("max", "current"), "inactive_file"
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_read(folder / f"memory.{name}").strip() for name in names)
+            if limit.isdigit() and used.isdigit() and int(limit) < _NO_LIMIT:
+                pages = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.M)
+                yield max(0, int(limit) - int(used) + (int(pages[1]) if pages else 0))
+            if folder == base:
+                break
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:  # no such system, or nothing said to this process
+        return ""

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from nvvl.calib_data.command import show
 from nvvl.distill.command import distill, precompute, rotate
-from nvvl.errors import NvvlError, ReportedError
+from nvvl.errors import NvvlError, ReportedError, first_line
 from nvvl.export.command import chat, onnx, plan, verify
 from nvvl.export.engine_command import engine
 from nvvl.export.serve_command import serve
@@ -42,9 +42,25 @@ class _Verbs(TyperGroup):
         except NvvlError as error:
             print_error(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            print_error(
+                f"out of memory ({first_line(error)}); use a machine or GPU with more, or --device "
+                "cpu; nvvl quantize keeps within --memory"
+            )
+            raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt as error:
             print_error(str(error) or "interrupted; an output that was not complete is not there")
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell it apart from other errors of torch, which must have been loaded to raise them."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch is None:
+        return isinstance(error, MemoryError)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 app = typer.Typer(

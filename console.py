@@ -5,6 +5,7 @@ the result alone. Where stderr is no terminal, the bars are printed once, at the
 """
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,13 @@ from rich.text import Text
 ProgressCallback = Callable[[str, int, int], None]
 
 _FILE_WIDTH = 200
+
+# torchrun passes one Ctrl-C on and kills its processes 30 seconds later, wherever they are.
+_KILLER = "TORCHELASTIC_RUN_ID"
+_STOPPING = {
+    False: "finishing this block; Ctrl-C again stops at once",
+    True: "torchrun stops soon: finished blocks are kept, and the same command goes on from there",
+}
 
 
 class _RateColumn(ProgressColumn):
@@ -80,7 +88,7 @@ def defer_interrupt(*, quiet: bool = False) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
         if not quiet:
-            print("finishing this block; Ctrl-C again stops at once", file=sys.stderr)
+            print(_STOPPING[_KILLER in os.environ], file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

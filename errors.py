@@ -6,6 +6,7 @@
       RecipeError        a recipe that does not parse, or whose patterns match nothing
       CalibrationError   a layer never reached, or an amax that is zero or not finite
       DataError          an image, video, JSONL line or calibration set that cannot be used
+      SourceError        a file that cannot be read just now: a network or disk that fails
       OutputError        an output folder that exists, or a disk that is full
       VerificationError  a written checkpoint that is not what it claims to be
       HardwareError      a device, memory or compiler that the request needs and the machine lacks
@@ -44,6 +45,19 @@ class CalibrationError(NvvlError):
 
 class DataError(NvvlError):
     """An input item, or a set of them, cannot be used."""
+
+
+class SourceError(NvvlError):
+    """What is read could be read before, and cannot now."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says about a file that is read into a `SourceError`."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 class OutputError(NvvlError):

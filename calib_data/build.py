@@ -107,6 +107,10 @@ def build_set(
         OutputError: if ``out`` exists and is not to be replaced, or cannot be written; a finished
             set that only did not get its name is kept, and the error says where.
     """
+    paths = (getattr(source, "path", None) for source in spec.sources)
+    for read in (base, *(base / path for path in paths if path)):
+        if out.resolve() in (read.resolve(), *read.resolve().parents):
+            raise OutputError(f"{out}: holds {read}, which is read; name another")
     with _staged(out, overwrite=overwrite) as folder:
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
         with _suite_prints(suites, jobs) as theirs:

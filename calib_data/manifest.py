@@ -46,6 +46,12 @@ class CalibrationSet:
     spec: str
     num_requested: int
 
+    @property
+    def files(self) -> list[Path]:
+        """The folder or file that the set was made from, in a list; none if it is generated."""
+        path = Path(self.spec)
+        return [path] if self.spec != DEFAULT and path.exists() else []
+
     @cached_property
     def manifest(self) -> list[dict[str, str]]:
         """``{"id", "sha256"}`` of each item; the first use makes every item."""

@@ -111,12 +111,13 @@ def distill_blockwise(
     warn_about_rate(recipe)
     out = out.absolute()
     with hold_train_folder(out) as folder:
-        with staged_outputs(out, sources=[run, teacher], overwrite=how.overwrite) as staged:
+        sources = [run, teacher, *items.files]
+        with staged_outputs(out, sources=sources, overwrite=how.overwrite) as staged:
             quantized, trained = staged
             check_run(run, teacher)
             device = torch.device(how.device)
             data = DistillData.from_set(items, teacher, recipe, seed=seed)
-            identity = run_identity(run, teacher, recipe, items, data.validation, seed)
+            identity = run_identity(run, teacher, recipe, items, data, seed)
             kept = _KeptLayers(
                 folder, identity | describe_arithmetic(device), overwrite=how.overwrite
             )

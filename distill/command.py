@@ -66,7 +66,13 @@ def distill(
     ] = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier output, and discard an unfinished run with other settings.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a quantized checkpoint towards its BF16 teacher; goes on where it stopped.

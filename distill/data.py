@@ -12,6 +12,7 @@ Shapes: T tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,7 +23,8 @@ from torch import Tensor
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe, LossTokens
-from nvvl.distill.split import find_groups, permutation, split_items
+from nvvl.distill.split import permutation, split_items
+from nvvl.distill.survey import hash_items, survey_set
 from nvvl.errors import DataError
 from nvvl.model.processor import ModelInputs, Processor
 
@@ -60,7 +62,12 @@ class DistillData:
     Attributes:
         training: Indices of the training items.
         validation: Indices of the held-out items.
+        sha256: Of the set (`from_set`), of the default one of its held-out items; else empty.
+        num_answers: Items with an answer or without pictures, where `from_set` has read them.
     """
+
+    sha256: str = ""
+    num_answers: int = 0
 
     def __init__(
         self,
@@ -80,7 +87,7 @@ class DistillData:
             processor: The model's.
             recipe: Gives sizes and which tokens count.
             seed: Of the split and of the order.
-            groups: Items that have to be on one side of the split (`find_groups`).
+            groups: Items that have to be on one side of the split.
             share: Index of this process, and how many there are: it takes every n-th item.
             check: Refuses an item that must not be used.
 
@@ -119,20 +126,39 @@ class DistillData:
         share: tuple[int, int] = (0, 1),
         check: Callable[[Item], None] | None = None,
     ) -> Self:
-        """Split a set for the model of a folder, with its `find_groups`.
+        """Read a set through and split it, for the model of a folder.
 
         Raises:
-            DataError: as the class itself, or if an item cannot be read.
+            DataError: as the class itself, or if items cannot be read or used: those of a long
+                training are met before it, all at once.
         """
-        return cls(
+        processor = Processor.from_folder(model)
+        num_answers = 0
+
+        def look(item: Item) -> None:
+            nonlocal num_answers
+            if check is not None:
+                check(item)
+            with _naming(item):
+                answered = processor.has_answer(item.messages, item.images, item.videos)
+            if recipe.loss_tokens == "answers" and not answered:
+                raise _mute(item)
+            num_answers += answered or not (item.images or item.videos)
+
+        found = survey_set(items, look)
+        data = cls(
             items.items,
-            Processor.from_folder(model),
+            processor,
             recipe,
             seed=seed,
-            groups=find_groups(items),
+            groups=found.groups,
             share=share,
             check=check,
         )
+        held_out = (items.items[index] for index in data.validation)
+        data.sha256 = found.sha256 or hash_items(held_out)
+        data.num_answers = num_answers if found.sha256 else len(items.items)
+        return data
 
     def __len__(self) -> int:
         return len(self._items)
@@ -189,18 +215,28 @@ class DistillData:
     def _prepare(self, item: Item) -> tuple[str, ModelInputs, Tensor]:
         if self._check is not None:
             self._check(item)
-        try:
+        with _naming(item):
             inputs = self._processor(item.messages, images=item.images, videos=item.videos)
-        except DataError as error:
-            raise DataError(f"item {item.item_id}: {error}") from None
         image_token_id = self._processor.config.image_token_id
         mask = loss_mask(inputs, self._recipe.loss_tokens, image_token_id=image_token_id)
         if not mask.any():
-            raise DataError(
-                f"item {item.item_id}: no token counts for the loss; give it an answer, or set "
-                'loss_tokens = "text"'
-            )
+            raise _mute(item)
         return item.item_id, inputs, mask
+
+
+@contextmanager
+def _naming(item: Item) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"item {item.item_id}: {error}") from None
+
+
+def _mute(item: Item) -> DataError:
+    return DataError(
+        f"item {item.item_id}: no token counts for the loss; give it an answer, or count all text "
+        '(loss_tokens = "text" in the recipe; --loss-tokens text of nvvl rotate)'
+    )
 
 
 def loss_mask(inputs: ModelInputs, tokens: LossTokens, *, image_token_id: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.losses import TopRows, chunk_rows, take_top
@@ -151,6 +152,7 @@ class LogitsWriter:
             self._flush(f"logits-{len(self._files):05}.safetensors")
         manifest = {
             "format": _FORMAT,
+            "nvvl_version": nvvl.__version__,
             "identity": self._identity,
             "files": self._files,
             "items": self._items,

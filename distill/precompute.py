@@ -11,7 +11,6 @@ from nvvl.distill.logits import LogitsWriter, logits_identity, require_logits_su
 from nvvl.distill.prepare import Preparer
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.model.load import load_model
-from nvvl.model.processor import Processor
 from nvvl.quantize.staging import staged_folder
 
 Progress = Callable[[str, int, int], None]
@@ -54,10 +53,11 @@ def precompute_logits(
         OutputError: if ``out`` exists, or the disk is full.
     """
     require_logits_suffice(recipe)
-    with staged_folder(out, sources=[teacher], overwrite=overwrite) as folder, torch.no_grad():
+    sources = [teacher, *items.files]
+    with staged_folder(out, sources=sources, overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)
+        data = DistillData.from_set(items, teacher, recipe, seed=seed)
         model = load_model(teacher, device=device)
-        data = DistillData(items.items, Processor.from_folder(teacher), recipe, seed=seed)
         prepare = Preparer(model, recipe, device=device)
         head = model.language_model.lm_head.weight
         identity = logits_identity(teacher, recipe, items)

@@ -115,7 +115,7 @@ def rotate(
             f"rotation: the set has {len(items.items)} items and {num_held_out} are kept for the "
             "comparison, so none is left to learn from; give more items (--data, --samples)"
         )
-    with staged_folder(out, sources=[source], overwrite=overwrite) as folder:
+    with staged_folder(out, sources=[source, *items.files], overwrite=overwrite) as folder:
         checkpoint = Checkpoint(source)
         _require_blocks(checkpoint.config)
         device = torch.device(device)

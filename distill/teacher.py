@@ -6,13 +6,12 @@ manifest, and the manifest's source hashes those of the teacher's tensors.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.data import DistillData
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.set_digest import digest_set
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processor import Processor
@@ -58,7 +57,7 @@ def run_identity(
     teacher: Path,
     recipe: DistillRecipe,
     items: CalibrationSet,
-    held_out: Sequence[int],
+    data: DistillData,
     seed: int,
 ) -> dict[str, Any]:
     """Return what makes two distillations the same one.
@@ -68,11 +67,8 @@ def run_identity(
         teacher: The BF16 checkpoint.
         recipe: Settings of the training.
         items: What is trained and validated on.
-        held_out: Indices of the items that are validated on.
+        data: The same, split.
         seed: Of the split and order of items.
-
-    Raises:
-        DataError: if a held-out item cannot be used.
     """
     return {
         "recipe": recipe.to_dict(),
@@ -82,7 +78,7 @@ def run_identity(
             "set": items.spec,
             "num_items": len(items.items),
             "seed": seed,
-            "sha256": digest_set(items, held_out),
+            "sha256": data.sha256,
         },
     }
 

@@ -74,7 +74,7 @@ class LanguageConfig:
     layer_norm_epsilon: float = 1e-5
     time_step_limit: tuple[float, float] = (0.0, math.inf)
     bos_token_id: int | None = 1
-    eos_token_id: int = 12
+    eos_token_ids: tuple[int, ...] = (12,)
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
@@ -154,17 +154,21 @@ class LanguageConfig:
         _require_positive_ints(sizes, "llm_config.")
         others = {"head_dim": _head_dim(values), "chunk_size": values.get("chunk_size", 128)}
         _require_positive_ints(others, "llm_config.")
+        names = ("layer_norm_epsilon", "rms_norm_eps")
+        epsilon = _first(values, names, "llm_config", default=1e-5)
+        _require(
+            isinstance(epsilon, int | float) and epsilon > 0,
+            f"llm_config.layer_norm_epsilon: required a positive number, got {epsilon!r}",
+        )
         return cls(
             **sizes,
             **others,
             layers=tuple(_PATTERN[letter] for letter in pattern),
             use_conv_bias=values.get("use_conv_bias", True),
-            layer_norm_epsilon=_first(
-                values, ("layer_norm_epsilon", "rms_norm_eps"), "llm_config", default=1e-5
-            ),
+            layer_norm_epsilon=epsilon,
             time_step_limit=(low, high),
             bos_token_id=values.get("bos_token_id"),
-            eos_token_id=_get(values, "eos_token_id", "llm_config"),
+            eos_token_ids=_token_ids(_get(values, "eos_token_id", "llm_config")),
             pad_token_id=values.get("pad_token_id") or 0,
         )
 
@@ -203,6 +207,7 @@ class VisionConfig:
         args = _get(values, "args", "vision_config")
         _require_object(args, "vision_config.args")
         name = args.get("model", "")
+        _require(isinstance(name, str), f"vision_config.args.model: required a name, got {name!r}")
         hidden, layers, heads = _VIT_SIZES.get(name, (None, None, None))
         hidden = args.get("hidden_size", hidden)
         layers = args.get("num_hidden_layers", layers)
@@ -306,6 +311,10 @@ class VLMConfig:
             ConfigError: if the architecture is another one, a key is missing, or parts disagree.
         """
         architectures = values.get("architectures") or []
+        _require(
+            isinstance(architectures, list),
+            f"config.json: architectures: required a list, got {architectures!r}",
+        )
         _require(
             ARCHITECTURE in architectures or values.get("model_type") == ARCHITECTURE,
             f"config.json: required architecture {ARCHITECTURE}, got {architectures or 'none'}",
@@ -451,7 +460,23 @@ def _triple(values: Any, where: str) -> tuple[float, float, float]:
 
 def _count_prefix_tokens(args: Mapping[str, Any]) -> int:
     """Count cls and register tokens as RADIO's own constructor does."""
-    names = {teacher.get("name") for teacher in args.get("teachers", [])}
+    teachers = args.get("teachers") or []
+    if not isinstance(teachers, list) or not all(isinstance(t, Mapping) for t in teachers):
+        raise ConfigError("vision_config.args.teachers: required a list of objects")
+    names = {teacher.get("name") for teacher in teachers}
     cls_tokens = max(1, len(names)) if args.get("cls_token_per_teacher") else 1
-    multiple = args.get("register_multiple")
+    multiple = args.get("register_multiple") or 0
+    if not isinstance(multiple, int) or multiple < 0:
+        raise ConfigError(
+            f"vision_config.args.register_multiple: required a count, got {multiple!r}"
+        )
     return cls_tokens + (multiple - cls_tokens % multiple if multiple else 0)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ConfigError(
+            f"llm_config.eos_token_id: required a token id or a list of them, got {value!r}"
+        )
+    return ids

@@ -15,6 +15,7 @@ Pixels and tokens stand in prompt order, images and videos mixed as the text mix
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -175,6 +176,18 @@ class Processor:
             video_mask=self._video_mask(input_ids, media),
         )
 
+    def has_answer(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], videos: Sequence[Video]
+    ) -> bool:
+        """Say whether a conversation has an answer, and refuse what shows without its pixels.
+
+        Raises:
+            DataError: as the call itself, but for pictures that cannot be used.
+        """
+        self._check_placeholders(messages, images, videos)
+        segments = render_segments(messages, add_generation_prompt=False, reasoning=False)
+        return any(segment.is_answer and segment.text for segment in segments)
+
     def decode(self, ids: Sequence[int]) -> str:
         r"""Turn ids into text without special tokens.
 
@@ -242,14 +255,18 @@ class Processor:
         )
 
     def _video_tiles(self, video: Video) -> torch.Tensor:
-        return torch.cat([self._image_tiles(frame, 1) for frame in video.frames])
+        size = self.config.image_size
+        tiles = torch.empty(len(video.frames), 3, size, size)
+        for place, frame in enumerate(video.frames):
+            tiles[place] = self._image_tiles(frame, 1)[0]
+        return tiles
 
     def _pixel_values(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
-        if not tiles:
-            return torch.zeros(0, 3, self.config.image_size, self.config.image_size)
-        return normalize(
-            torch.cat(list(tiles)), mean=self.config.norm_mean, std=self.config.norm_std
-        )
+        size = self.config.image_size
+        pixels = torch.empty(sum(map(len, tiles)), 3, size, size)
+        for place, tile in enumerate(chain.from_iterable(tiles)):  # a video has all its tiles once
+            pixels[place] = normalize(tile, mean=self.config.norm_mean, std=self.config.norm_std)
+        return pixels
 
     def _encode(self, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokenize: (T,) int64 ids and (T,) bool answer mask."""
@@ -314,14 +331,14 @@ def _check_tokenizer(config: VLMConfig, tokenizer: Tokenizer) -> None:
     ]
     if broken:
         raise ConfigError(f"tokenizer.json: {', '.join(broken)} must each be one special token")
-    for token, key, required in (
-        (config.image_token, "img_context_token_id", config.image_token_id),
-        (END_OF_TURN, "llm_config.eos_token_id", config.language.eos_token_id),
+    for token, key, allowed in (
+        (config.image_token, "img_context_token_id", (config.image_token_id,)),
+        (END_OF_TURN, "llm_config.eos_token_id", config.language.eos_token_ids),
     ):
-        if tokenizer.token_to_id(token) != required:
+        if tokenizer.token_to_id(token) not in allowed:
             raise ConfigError(
                 f"tokenizer.json: {token} has id {tokenizer.token_to_id(token)}, but config.json "
-                f"has {key} {required}"
+                f"has {key} {', '.join(map(str, allowed))}"
             )
     num_entries = tokenizer.get_vocab_size()
     if num_entries > config.language.vocab_size:

@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvvl.errors import CheckpointError
+from nvvl.errors import CheckpointError, reading
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def map_bytes(info: TensorInfo) -> memoryview:
     if info.nbytes == 0:
         return memoryview(b"")
     aligned = info.start - info.start % mmap.ALLOCATIONGRANULARITY
-    with info.file.open("rb") as file:
+    with reading(info.file), info.file.open("rb") as file:
         mapped = mmap.mmap(
             file.fileno(), info.end - aligned, offset=aligned, access=mmap.ACCESS_READ
         )
@@ -151,12 +151,13 @@ def read_tensor(info: TensorInfo) -> "torch.Tensor":
 
     Raises:
         CheckpointError: if the file became shorter since its header was read.
+        SourceError: if the system cannot read it.
     """
     import torch
 
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     # read, not mapped: a file cut short under us is an error here, and a crash in a mapping
-    with info.file.open("rb", buffering=0) as file:
+    with reading(info.file), info.file.open("rb", buffering=0) as file:
         file.seek(info.start)
         _fill(data, file, info, 0)
     return data.view(torch_dtypes()[info.dtype]).reshape(info.shape)
@@ -175,11 +176,12 @@ def read_pieces(info: TensorInfo, piece_bytes: int) -> "Iterator[torch.Tensor]":
 
     Raises:
         CheckpointError: if the file became shorter since its header was read.
+        SourceError: if the system cannot read it.
     """
     import torch
 
     buffer = torch.empty(min(piece_bytes, info.nbytes), dtype=torch.uint8)
-    with info.file.open("rb", buffering=0) as file:
+    with reading(info.file), info.file.open("rb", buffering=0) as file:
         file.seek(info.start)
         for done in range(0, info.nbytes, piece_bytes):
             piece = buffer[: info.nbytes - done]
@@ -199,12 +201,13 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> "torch.Tensor":
 
     Raises:
         CheckpointError: if the file became shorter since its header was read.
+        SourceError: if the system cannot read it.
     """
     import torch
 
     row_bytes = info.nbytes // info.shape[0]
     data = torch.empty((len(rows), row_bytes), dtype=torch.uint8)
-    with info.file.open("rb", buffering=0) as file:
+    with reading(info.file), info.file.open("rb", buffering=0) as file:
         for place, row in enumerate(rows):
             file.seek(info.start + row * row_bytes)
             _fill(data[place], file, info, row * row_bytes)

@@ -88,15 +88,13 @@ def split_image(
     """
     image = to_rgb(image)
     columns, rows = choose_grid(*image.size, tile_size=tile_size, max_num_tiles=max_num_tiles)
-    # A copy: torch warns about the read-only memory that Pillow shares.
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, H, W)
-    resized = _resize(pixels, height=rows * tile_size, width=columns * tile_size)
+    sizes = [(rows * tile_size, columns * tile_size)]
+    if use_thumbnail and rows * columns > 1:
+        sizes.append((tile_size, tile_size))
+    resized, *thumbnails = _resize(image, sizes)
     tiles = resized.reshape(3, rows, tile_size, columns, tile_size).permute(1, 3, 0, 2, 4)
     tiles = tiles.reshape(rows * columns, 3, tile_size, tile_size)
-    if use_thumbnail and len(tiles) > 1:
-        thumbnail = _resize(pixels, height=tile_size, width=tile_size)
-        tiles = torch.cat([tiles, thumbnail.unsqueeze(0)])
-    return tiles
+    return torch.cat([tiles, thumbnails[0].unsqueeze(0)]) if thumbnails else tiles
 
 
 def normalize(tiles: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -112,7 +110,7 @@ def normalize(tiles: torch.Tensor, *, mean: Sequence[float], std: Sequence[float
     """
     mean_tensor = torch.tensor(mean, dtype=torch.float32).reshape(3, 1, 1)
     std_tensor = torch.tensor(std, dtype=torch.float32).reshape(3, 1, 1)
-    return (tiles / 255 - mean_tensor) / std_tensor
+    return (tiles / 255).sub_(mean_tensor).div_(std_tensor)
 
 
 def open_image(source: Path | str | IO[bytes], *, name: str = "") -> Image.Image:
@@ -184,17 +182,24 @@ def _candidate_grids(max_num_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def _resize(pixels: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
-    if pixels.shape[1:] == (height, width):
-        return pixels
-    resized = functional.interpolate(
-        pixels.unsqueeze(0),
-        size=(height, width),
-        mode="bicubic",
-        align_corners=False,
-        antialias=True,
-    )
-    return resized.squeeze(0)
+def _resize(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Scale an RGB image to several (height, width); gives (3, height, width) float32 of each.
+
+    A channel at a time, for a large scan is three gigabytes as float32 with all that is made of it.
+    """
+    resized = [torch.empty(3, *size) for size in sizes]
+    for channel in range(3):
+        # A copy: torch warns about the read-only memory that Pillow shares.
+        samples = torch.from_numpy(np.array(image.getchannel(channel)))
+        pixels = samples.float()[None, None]
+        for out, size in zip(resized, sizes, strict=True):
+            if pixels.shape[2:] != size:
+                out[channel] = functional.interpolate(
+                    pixels, size=size, mode="bicubic", align_corners=False, antialias=True
+                )[0, 0]
+            else:
+                out[channel] = pixels[0, 0]
+    return resized
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -29,7 +29,7 @@ from torch import Tensor
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.compiler import describe_cpu
-from nvvl.errors import CheckpointError, OutputError, writing
+from nvvl.errors import CheckpointError, OutputError, reading, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.hashing import hash_file
 from nvvl.model.products import has_bf16_units
@@ -203,7 +203,8 @@ def describe_run(
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
-        status = path.stat()
+        with reading(path):
+            status = path.stat()
         identity[f"source {path.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
     headers = [(i.name, i.dtype, i.shape, i.start) for i in checkpoint.tensors.values()]
     identity["source headers"] = hashlib.sha256(json.dumps(headers).encode()).hexdigest()

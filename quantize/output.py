@@ -52,6 +52,7 @@ class Output:
         device: torch.device,
         overwrite: bool,
         stored: StoredCalibration | None,
+        read_from: Sequence[Path] = (),
     ) -> None:
         """Open the staging folder, or the one that a killed run left.
 
@@ -65,6 +66,7 @@ class Output:
             device: Where weights are packed.
             overwrite: As in `nvvl.quantize.walk.quantize_checkpoint`.
             stored: The calibration that is packed from, if it is not found out anew.
+            read_from: Where the items come from.
 
         Raises:
             OutputError: if ``out`` exists, the disk lacks the space, or an unfinished run of
@@ -79,11 +81,12 @@ class Output:
         self._formats = formats
         self._device = device
         self._stored = stored
+        sources = [checkpoint.folder, *read_from, *([stored.folder] if stored else [])]
         layout = build_layout(checkpoint, formats)
         self._specs = {spec.name: spec for spec in layout}
         with ExitStack() as stack:
             self._stage = stack.enter_context(
-                resumable_folder(out, sources=[checkpoint.folder], overwrite=overwrite)
+                resumable_folder(out, sources=sources, overwrite=overwrite)
             )
             self.journal = stack.enter_context(
                 Journal(self._stage, identity, items, overwrite=overwrite)

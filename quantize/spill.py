@@ -48,7 +48,7 @@ class SpillFolder:
     def drop(self, *, before: int, every_process: bool = False) -> None:
         """Remove the items after fewer blocks than ``before``."""
         whose = "*" if every_process else self._index
-        for path in self.path.glob(f"activations-*-{whose}.safetensors"):
+        for path in self.path.glob(f"activations-*-{whose}.safetensors*"):  # .partial ones too
             if int(path.name.split("-")[1]) < before:
                 path.unlink()
 

@@ -19,6 +19,7 @@ on with finished blocks never removes them: they show that all this could be use
 """
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import NvvlError, OutputError, writing
+from nvvl.errors import NvvlError, OutputError, SourceError, writing
 
 MANIFEST_NAME = "manifest.json"
 
@@ -119,6 +120,7 @@ def resumable_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> 
     Raises:
         OutputError: if ``out`` exists and may not be replaced, cannot be made, or another run is
             writing it.
+        SourceError: again, saying how to go on.
         KeyboardInterrupt: again, saying how to go on.
     """
     out = Path(out).absolute()
@@ -140,6 +142,11 @@ def resumable_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> 
             ) from None
         except OutputError:
             raise
+        except SourceError as error:
+            raise SourceError(
+                f"{error}; finished blocks are kept in {stage.root}, and the same command goes on "
+                "from there"
+            ) from error
         except NvvlError:
             if not resumed:
                 shutil.rmtree(stage.root)
@@ -186,11 +193,21 @@ def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> Non
             raise OutputError(f"{out}: exists already; choose another OUT, or pass --overwrite")
         if not out.is_dir() or out.is_symlink():
             raise OutputError(f"{out}: is not a folder, so it is not replaced; choose another OUT")
-        if any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
+        if any(out.iterdir()) and not _is_output(out):
             raise OutputError(
-                f"{out}: holds files but no {MANIFEST_NAME}, so nvvl did not write it and does "
-                "not replace it; choose another OUT"
+                f"{out}: holds files but no {MANIFEST_NAME} of an output of nvvl, so it is not "
+                "replaced; choose another OUT"
             )
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether this is what nvvl wrote; web applications have a manifest.json too."""
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:
+        return False
+    return isinstance(manifest, dict) and "nvvl_version" in manifest
 
 
 def _replace(out: Path, stage: Stage, sources: Sequence[Path], *, overwrite: bool) -> None:

@@ -152,6 +152,7 @@ def quantize_checkpoint(
                         device=device,
                         overwrite=overwrite,
                         stored=stored,
+                        read_from=() if items is None else items.files,
                     )
                 )
         stage = resumable_stage(out)

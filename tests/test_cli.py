@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.core import TyperGroup
@@ -146,6 +147,24 @@ def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("nvvl.model.load.resolve_model", fail)
     assert isinstance(run("path", "embedded").exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line_and_exit_2(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: str) -> Path:
+        raise error
+
+    monkeypatch.setattr("nvvl.model.load.resolve_model", fail)
+    assert_user_error(run("path", "embedded"), "out of memory (", "--device cpu")
 
 
 def test_interrupt_is_one_line_and_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +391,13 @@ def test_calibration_set_can_be_looked_at(tmp_path: Path) -> None:
     assert len(list((tmp_path / "pictures").glob("*.png"))) == num_pictures > 0
     again = run("calib", "show", "--samples", "3", "--save", tmp_path / "pictures")
     assert_user_error(again, "pictures", "required a new folder")
+    for name in ("a/b.png", "a-b.png", f"{'long' * 60}.png"):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    mine = run("calib", "show", tmp_path / "mine", "--save", tmp_path / "saved")
+    assert mine.exit_code == 0, mine.output
+    assert len(list((tmp_path / "saved").iterdir())) == 3
     in_text = run("calib", "show", "--samples", "3").stdout
     assert all(row["sha256"] in in_text for row in rows)
 

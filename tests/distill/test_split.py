@@ -1,6 +1,5 @@
 """The split: what may not stand on both sides of it."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from nvvl.calib_data.sources import failing_source
 from nvvl.distill.blockwise import distill_blockwise
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.rotate import rotate
-from nvvl.distill.split import find_groups, split_items
+from nvvl.distill.split import split_items
+from nvvl.distill.survey import survey_set
 from nvvl.distill.train import distill
 from nvvl.errors import DataError
 from nvvl.model.prompt import Message
@@ -56,6 +56,10 @@ def mixed() -> CalibrationSet:
             *(make_item(f"g{index}") for index in range(5)),
         ]
     )
+
+
+def find_groups(items: CalibrationSet) -> list[list[int]]:
+    return [list(group) for group in survey_set(items, lambda _: None).groups]
 
 
 def test_items_are_grouped_by_picture_video_or_whole_text(mixed: CalibrationSet) -> None:
@@ -114,10 +118,9 @@ def test_set_of_one_picture_leaves_nothing_to_hold_out(
     train: Callable[[Path, Path, CalibrationSet, Path], None],
     run: Path,
     tiny_checkpoint: Path,
-    items: CalibrationSet,
     tmp_path: Path,
 ) -> None:
-    shared = [dataclasses.replace(item, images=(picture(1),)) for item in items.items]
+    shared = [make_item(f"{index}", [picture(1)]) for index in range(14)]
     with pytest.raises(DataError, match=r"up to 4 items that share no picture .* groups of 14 and"):
         train(run, tiny_checkpoint, make_set(shared), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ def test_flipped_bit_is_found(copy: Path, tiny_checkpoint: Path) -> None:
 
 
 def test_changed_calibration_is_found(copy: Path, tiny_checkpoint: Path) -> None:
-    path = copy / "calibration.safetensors"
+    path = copy / "calibration.amax"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -125,7 +125,7 @@ def test_killed_run_goes_on_to_the_same_bits(
     execution = dataclasses.replace(NVVL, progress=lambda _stage, done, _all: steps.append(done))
     distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert steps == list(range(11, 21))
-    for name in ("model.safetensors", "calibration.safetensors"):
+    for name in ("model.safetensors", "calibration.amax"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
     assert read_log(out) == read_log(finished[0])
     assert not out.with_name("out.train").exists()

@@ -154,6 +154,13 @@ def test_missing_language_key_is_named(key: str, make_config: Callable[..., Conf
         ({"vision": {"patch_size": 0}}, "vision_config.patch_size: required a positive integer"),
         ({"vision_args": {"intermediate_size": "4"}}, "args.intermediate_size: required a posi"),
         ({"vision_args": {"hidden_size": None, "model": "vit_odd"}}, "'vit_odd' is not one of"),
+        ({"vision_args": {"model": ["vit"]}}, r"args.model: required a name, got \['vit'\]"),
+        ({"vision_args": {"teachers": "clip"}}, "args.teachers: required a list of objects"),
+        ({"vision_args": {"register_multiple": "8"}}, "register_multiple: required a count"),
+        ({"architectures": 3}, "architectures: required a list, got 3"),
+        ({"language": {"layer_norm_epsilon": "1e-5"}}, "epsilon: required a positive number"),
+        ({"language": {"eos_token_id": None}}, "eos_token_id: required a token id or a list"),
+        ({"language": {"eos_token_id": [2, "x"]}}, "eos_token_id: required a token id or a list"),
     ],
 )
 def test_contradictory_config_is_refused(
@@ -161,6 +168,16 @@ def test_contradictory_config_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         VLMConfig.from_dict(make_config(**changes))
+
+
+def test_several_tokens_may_end_an_answer(make_config: Callable[..., Config]) -> None:
+    config = VLMConfig.from_dict(make_config(language={"eos_token_id": [2, 12]}))
+    assert config.language.eos_token_ids == (2, 12)
+
+
+def test_teachers_may_be_null(make_config: Callable[..., Config]) -> None:
+    config = VLMConfig.from_dict(make_config(vision_args={"teachers": None}))
+    assert config.vision.num_prefix_tokens == 4  # one class token and three registers
 
 
 @pytest.mark.parametrize(

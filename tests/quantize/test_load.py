@@ -268,7 +268,7 @@ def test_calibration_without_a_linear_is_refused(
     quantize_tiny: QuantizeTiny, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(quantize_tiny("fp8"), tmp_path / "copy")
-    path = tmp_path / "copy" / "calibration.safetensors"
+    path = tmp_path / "copy" / "calibration.amax"
     with safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     del stored[f"{UP_PROJ}.weight_amax"]

@@ -87,7 +87,7 @@ def test_larger_amax_of_the_two_is_the_calibrated_one(
     statistics: list[InputStatistics], quantize_tiny: QuantizeTiny
 ) -> None:
     names = [found.name for found in statistics]
-    amaxes = read_amaxes(quantize_tiny("nvfp4") / "calibration.safetensors", names)
+    amaxes = read_amaxes(quantize_tiny("nvfp4") / "calibration.amax", names)
     for found in statistics:
         amax = amaxes[found.name].input
         assert amax is not None
@@ -121,7 +121,7 @@ def test_weighted_scale_has_the_least_weighted_error(
     recipe = replace(PRESETS[preset](), image_weight=image_weight)
     quantize_checkpoint(tiny_checkpoint, tmp_path / "out", recipe, calibration_set)
     with captured_inputs(tiny_checkpoint, items) as captured:
-        amaxes = read_amaxes(tmp_path / "out" / "calibration.safetensors", captured)
+        amaxes = read_amaxes(tmp_path / "out" / "calibration.amax", captured)
         for name, parts in captured.items():
             plain = float(max(rows.abs().max() for rows in parts.values()))
             errors = {
@@ -143,7 +143,7 @@ def test_statistics_show_the_scales_that_quantize_writes(
     quantize_checkpoint(tiny_checkpoint, tmp_path / "out", recipe, calibration_set)
     statistics = collect_input_statistics(tiny_checkpoint, recipe, items)
     names = [found.name for found in statistics]
-    amaxes = read_amaxes(tmp_path / "out" / "calibration.safetensors", names)
+    amaxes = read_amaxes(tmp_path / "out" / "calibration.amax", names)
     shown = {found.name: found.scale_amax["fp8"] for found in statistics}
     assert shown == {name: float(amax.input) for name, amax in amaxes.items() if amax.input}
     plain = {found.name: max(part.amax for part in found.parts.values()) for found in statistics}

@@ -88,7 +88,7 @@ def round_amaxes(quantize_tiny: QuantizeTiny) -> Callable[[Format], dict[str, Am
                 if amax.input is None or linear_format == "nvfp4-w4a16"
                 else move_up(amax.input, largest),
             )
-            for fqn, amax in read_amaxes(folder / "calibration.safetensors", linears).items()
+            for fqn, amax in read_amaxes(folder / "calibration.amax", linears).items()
         }
 
     return get
@@ -313,7 +313,7 @@ def test_modelopt_export_computes_as_ours(
 ) -> None:
     own = quantize_tiny(preset)
     linears = list_linears(Checkpoint(own).config)
-    amaxes = read_amaxes(own / "calibration.safetensors", linears)
+    amaxes = read_amaxes(own / "calibration.amax", linears)
     export_with_modelopt(tiny_checkpoint, tmp_path / "out", config_name, items, amaxes)
     theirs = load_any(tmp_path / "out")
     pairs = zip(logits_of(theirs, own, items), logits_of(load_any(own), own, items), strict=True)

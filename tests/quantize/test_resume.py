@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item
-from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.errors import CalibrationError, OutputError
+from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
+from nvvl.errors import CalibrationError, OutputError, SourceError
+from nvvl.model import safetensors_io
 from nvvl.model.checkpoint_writer import CheckpointWriter
 from nvvl.model.prompt import Message
 from nvvl.quantize import journal as journal_module
@@ -468,9 +470,9 @@ def test_changed_calibration_file_is_refused(
 ) -> None:
     copy = tmp_path / "fp8"
     shutil.copytree(quantize_tiny("fp8"), copy)
-    data = bytearray((copy / "calibration.safetensors").read_bytes())
+    data = bytearray((copy / "calibration.amax").read_bytes())
     data[-1] ^= 1
-    (copy / "calibration.safetensors").write_bytes(data)
+    (copy / "calibration.amax").write_bytes(data)
     with pytest.raises(Exception, match=r"calibration\.safetensors: its hash is not the one"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "out", nvfp4(), None, from_calibration=copy)
 
@@ -492,3 +494,47 @@ def test_item_sets_are_compared_by_name_too(calibration_set: CalibrationSet) -> 
     assert journal_module._compare_items(found, [first]) == [
         f"calibration items: other then, {first.item_id} now"
     ]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_source_that_cannot_be_read_just_now_keeps_the_finished_blocks(
+    error: int,
+    tiny_checkpoint: Path,
+    calibration_set: CalibrationSet,
+    quantize_tiny: QuantizeTiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill = safetensors_io._fill
+    failing = f"{LAYERS}.4."
+
+    def fail(data: Any, file: Any, info: Any, done: int) -> None:
+        if info.name.startswith(failing):
+            raise OSError(error, os.strerror(error))
+        fill(data, file, info, done)
+
+    monkeypatch.setattr(safetensors_io, "_fill", fail)
+    with pytest.raises(SourceError, match=r"cannot be read \(.*finished blocks are kept in .*out"):
+        resume(tiny_checkpoint, calibration_set, tmp_path / "out")
+    monkeypatch.undo()
+    stages = resume(tiny_checkpoint, calibration_set, tmp_path / "out")
+    assert stages[0] == f"{LAYERS}.4"
+    assert folder_bytes(tmp_path / "out") == folder_bytes(quantize_tiny("nvfp4"))
+
+
+def test_what_is_read_is_never_replaced(
+    tiny_checkpoint: Path, quantize_tiny: QuantizeTiny, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(quantize_tiny("fp8"), tmp_path / "out"))
+    before = folder_bytes(out)
+    with pytest.raises(OutputError, match=r"out: holds .*out, which is read"):
+        quantize_checkpoint(
+            *(tiny_checkpoint, out, nvfp4_w4a16(), None), from_calibration=out, overwrite=True
+        )
+    assert folder_bytes(out) == before
+    (out / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(out / "pictures" / "a.png")
+    items = load_calibration_set(out / "pictures", num_items=1)
+    with pytest.raises(OutputError, match=r"out: holds .*pictures, which is read"):
+        quantize_checkpoint(tiny_checkpoint, out, nvfp4(), items, overwrite=True)
+    assert (out / "pictures" / "a.png").exists()

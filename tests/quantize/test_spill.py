@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvvl.errors import OutputError
-from nvvl.quantize.spill import Spill, SpillWriter, open_spill
+from nvvl.quantize.spill import Spill, SpillFolder, SpillWriter, open_spill
 
 TENSORS = {
     "hidden.0": torch.arange(12, dtype=torch.bfloat16).reshape(1, 4, 3),
@@ -40,6 +40,15 @@ def test_tensors_come_back_and_the_official_library_reads_them(tmp_path: Path) -
         assert torch.equal(official[name], tensor)
         assert spill.size_bytes(name) == tensor.nbytes
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_half_written_files_of_other_processes_are_dropped(tmp_path: Path) -> None:
+    names = ["activations-00003-0.safetensors", "activations-00003-2.safetensors.partial"]
+    later = "activations-00004-2.safetensors.partial"
+    for name in (*names, later):
+        (tmp_path / name).write_bytes(b"")
+    SpillFolder(tmp_path, index=0).drop(before=4, every_process=True)
+    assert [path.name for path in tmp_path.iterdir()] == [later]
 
 
 def test_same_tensors_give_the_same_hash_and_others_another(tmp_path: Path) -> None:

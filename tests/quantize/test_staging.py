@@ -42,13 +42,29 @@ def test_foreign_folder_is_kept_where_an_output_exists(overwrite: bool, tmp_path
     out, foreign = tmp_path / "out", tmp_path / ".out.partial" / "thesis.txt"
     for path in (out / "manifest.json", foreign):
         path.parent.mkdir()
-        path.write_text("years of work")
+    foreign.write_text("years of work")
+    (out / "manifest.json").write_text('{"nvvl_version": "0"}')
     with (
         pytest.raises(OutputError, match=r"holds files but no journal" if overwrite else "exists"),
         resumable_folder(out, sources=[tmp_path / "source"], overwrite=overwrite) as stage,
     ):
         Journal(stage, {}, [])
     assert foreign.exists()
+
+
+@pytest.mark.parametrize("text", ['{"manifest_version": 3}', "[1]", "no JSON"])
+def test_folder_with_a_manifest_of_something_else_is_not_replaced(
+    text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "extension"
+    out.mkdir()
+    (out / "manifest.json").write_text(text)
+    with (
+        pytest.raises(OutputError, match=r"no manifest\.json of an output of nvvl"),
+        staged_folder(out, sources=[], overwrite=True),
+    ):
+        pytest.fail("work began")
+    assert (out / "manifest.json").read_text() == text
 
 
 @pytest.mark.parametrize("staging", [staged_folder, resumable_folder])

@@ -99,7 +99,7 @@ def test_amax_equals_whole_model_calibration_by_modelopt(
     for group in qkv_groups(list_linears(Checkpoint(tiny_checkpoint).config)):
         shared = max(expected[f"{fqn}.weight_amax"] for fqn in group)
         expected |= {f"{fqn}.weight_amax": shared for fqn in group}
-    with safe_open(quantize_tiny(preset) / "calibration.safetensors", "pt") as file:
+    with safe_open(quantize_tiny(preset) / "calibration.amax", "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert all(amax.dtype == torch.float32 and amax.shape == () for amax in found.values())
     assert {name: float(amax) for name, amax in found.items()} == expected
@@ -113,7 +113,7 @@ def test_nvfp4_bytes_are_those_of_modelopt(
 
     source, written = read_tensors(tiny_checkpoint), read_tensors(quantize_tiny(preset))
     linears = list_linears(Checkpoint(tiny_checkpoint).config)
-    amaxes = read_amaxes(quantize_tiny(preset) / "calibration.safetensors", linears)
+    amaxes = read_amaxes(quantize_tiny(preset) / "calibration.amax", linears)
     for fqn, amax in amaxes.items():
         scale_2 = amax.weight / (6 * 448)
         expected: Any = NVFP4QTensor.quantize(source[f"{fqn}.weight"], 16, None, scale_2)
@@ -135,7 +135,7 @@ def test_fp8_bytes_are_those_of_modelopt(
 
     source, written = read_tensors(tiny_checkpoint), read_tensors(quantize_tiny("fp8"))
     linears = list_linears(Checkpoint(tiny_checkpoint).config)
-    amaxes = read_amaxes(quantize_tiny("fp8") / "calibration.safetensors", linears)
+    amaxes = read_amaxes(quantize_tiny("fp8") / "calibration.amax", linears)
     for fqn, amax in amaxes.items():
         scale = amax.weight / 448
         assert torch.equal(written[f"{fqn}.weight_scale"], scale)
@@ -181,7 +181,7 @@ def test_side_files_are_the_source_s(quantize_tiny: QuantizeTiny, tiny_checkpoin
     }
     for name in copied:
         assert (out / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
-    written = {"config.json", "hf_quant_config.json", "recipe.json", "calibration.safetensors"}
+    written = {"config.json", "hf_quant_config.json", "recipe.json", "calibration.amax"}
     assert {p.name for p in out.iterdir()} == copied | written | {
         "manifest.json",
         "model.safetensors",

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, writing
 from nvvl.options import CalibArgument, JsonOption, SeedOption
+
+_MOST_NAME = 100  # characters of an id in the name of a file
 
 
 def show(
@@ -36,15 +38,17 @@ def show(
             print_table(table)
         print(f"{Path(spec) / SHEET}\n")
     rows = []
-    for item in load_calibration_set(spec, num_items=samples, seed=seed).items:
+    for place, item in enumerate(load_calibration_set(spec, num_items=samples, seed=seed).items):
         pictures = [*item.images, *(frame for video in item.videos for frame in video.frames)]
         row = {"id": item.item_id, "sha256": item_hash(item), "domain": item.domain}
         turns = [asdict(message) for message in item.messages]
         rows.append({**row, "pictures": [list(p.size) for p in pictures], "messages": turns})
         if save is not None:
-            name = item.item_id.replace("/", "-")
+            name = f"{place}-{item.item_id.replace('/', '-')[:_MOST_NAME]}"
             for number, picture in enumerate(pictures):
-                picture.save(save / f"{name}-{number}.png")
+                path = save / f"{name}-{number}.png"
+                with writing(path):
+                    picture.save(path)
         if not as_json:
             print(*row.values(), *(f"{p.width}x{p.height}" for p in pictures))
             for message in item.messages:

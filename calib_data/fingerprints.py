@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.text_files import UNSPACED
 
 MIN_COSINE = 0.9
 RUN_WORDS = 13
@@ -32,7 +33,7 @@ RUN_WORDS = 13
 _COARSE, _FINE = 32, 96
 _MIN_EDGES = 8.0  # length of a vector before it is scaled, in levels of grey
 
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\w)+")
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 
 # half precision: vectors of length 1 keep three digits, and a suite takes 41 MB
@@ -132,14 +133,18 @@ def picture_edges(image: Image.Image, side: int) -> Edges | None:
 
 
 def text_hashes(item: Item) -> set[bytes]:
-    """Return hashes of every run of words in an item's turns, or of a short text as a whole."""
-    turns = [_words(message.content) for message in item.messages]
+    """Return hashes of every run of words in an item's turns, or of a short text as a whole.
+
+    Of an item with pictures those of its answers alone: whole benchmarks share instructions.
+    """
+    shows = bool(item.images or item.videos)
+    turns = [_words(m.content) for m in item.messages if m.role == "assistant" or not shows]
     runs = {
         _hash(words[start : start + RUN_WORDS])
         for words in turns
         for start in range(len(words) - RUN_WORDS + 1)
     }
-    if not runs and not item.images and not item.videos:
+    if not runs and not shows:
         runs.add(_hash([word for words in turns for word in words]))
     return runs
 

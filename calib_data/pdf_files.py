@@ -90,6 +90,7 @@ def _open(file: Path) -> "Iterator[PdfDocument]":
     except PdfiumError as error:
         raise DataError(f"{file}: not a PDF file that can be opened ({error})") from None
     with closing(document):
+        document.init_forms()  # else the fields of a form are rendered empty
         yield document
 
 

@@ -14,7 +14,14 @@ from nvvl.model.prompt import Message
 
 TEXT_SUFFIXES = (".md", ".rst", ".text", ".txt")
 
-_WORD = re.compile(r"\S+")
+# Characters of scripts that put no spaces between words, each with the marks on it: Thai, Lao,
+# Japanese, Chinese. Each counts as a word.
+UNSPACED = (
+    "(?:[\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e81-\u0eb0\u0eb2\u0eb3\u0ec0-\u0ec6"
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u3099\u309a]*)"
+)
+_WORD = re.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
 
 
 def text_items(path: Path, *, words: int) -> list[ItemSource]:
@@ -25,7 +32,7 @@ def text_items(path: Path, *, words: int) -> list[ItemSource]:
 
     Args:
         path: File or folder.
-        words: Words of a passage, at least 2.
+        words: Words of a passage, at least 2; a character of a script without spaces is one.
 
     Raises:
         DataError: if there is no such file or folder, no text file in it, or one cannot be read.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nvvl
-from nvvl.reports.comparable import load_runs, require_comparable
+from nvvl.reports.comparable import describe_differing, load_runs, require_comparable
 from nvvl.reports.compare import (
     Interval,
     bootstrap_intervals,
@@ -135,6 +135,7 @@ class Report:
         sweeps: accuracy against speed while a setting changes, of any models.
         depths: noise along the layers, of any models.
         tasks: results of the lm-evaluation-harness.
+        differing: settings that move answers and are not those of the first run, in words.
     """
 
     nvvl_version: str
@@ -145,6 +146,7 @@ class Report:
     sweeps: tuple[Sweep, ...] = ()
     depths: tuple[Depth, ...] = ()
     tasks: tuple[TaskComparison, ...] = ()
+    differing: tuple[str, ...] = ()
 
 
 def collect(
@@ -182,6 +184,7 @@ def collect(
         sweeps=tuple(sweep for sweeps, _ in found for sweep in sweeps),
         depths=tuple(depth for _, depths in found for depth in depths),
         tasks=compare_tasks([run for run in loaded if isinstance(run, HarnessRun)], baseline),
+        differing=tuple(describe_differing(evaluated)),
     )
 
 

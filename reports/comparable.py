@@ -7,16 +7,23 @@ hashes; what must be equal of the harness's tasks is in `nvvl.reports.tasks`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from nvvl.errors import DataError
 from nvvl.reports.harness_run import RESULTS_NAME, HarnessRun, load_harness_run
-from nvvl.reports.run import SETTINGS_NAME, RunResult, load_run
+from nvvl.reports.run import SETTINGS_NAME, RunResult, load_run, settings_by_name
 
 # By the file that tells what a folder is.
 _LOADERS: Mapping[str, Callable[[Path], RunResult | HarnessRun]] = {
     SETTINGS_NAME: load_run,
     RESULTS_NAME: load_harness_run,
+}
+
+# Settings that say which model and questions; what must be equal of them is refused elsewhere.
+_NOT_MOVING = {
+    *("model_sha256", "teacher_sha256", "suites", "metrics", "num_items", "seed", "gate_suite"),
+    *("gate_items", "nvvl_version"),
 }
 
 
@@ -48,6 +55,22 @@ def require_comparable(runs: Sequence[RunResult | HarnessRun]) -> None:
             f"has no answers of nvvl evaluate as {evaluated[0].label} has; give one that has first"
         )
     _require_same_items(evaluated)
+
+
+def describe_differing(runs: Sequence[RunResult]) -> list[str]:
+    """Say which settings that move answers differ from those of the first run, and how."""
+    lines = []
+    settings = [(run.label, settings_by_name(asdict(run.settings))) for run in runs]
+    names = dict.fromkeys(name for _, values in settings for name in values)
+    for name in names:
+        if name in _NOT_MOVING:
+            continue
+        first = settings[0][1].get(name, "unknown")
+        others = [(label, values.get(name, "unknown")) for label, values in settings[1:]]
+        said = [f"{value} for {label}" for label, value in others if value != first]
+        if said:
+            lines.append(f"{name.replace('_', ' ')} {first} for {runs[0].label}, {', '.join(said)}")
+    return lines
 
 
 def _load_folder(folder: Path) -> list[RunResult | HarnessRun]:

@@ -82,7 +82,7 @@ def measure_depth(
         progress: called after each batch.
 
     Raises:
-        DataError: if a model has other layers than the reference.
+        DataError: if a model has other layers than the reference, or another basis.
         OutputError: if the file cannot be written, or holds curves of other models or suites.
         ConfigError, CheckpointError: if a model cannot be loaded, or the reference is quantized.
     """
@@ -102,6 +102,11 @@ def measure_depth(
         model = load_any(folder, dtype=dtype, device=device)
         if model.config.language.layers != source.config.language.layers:
             raise DataError(f"{folder}: has other layers than {reference}; give its own source")
+        if not _same_basis(source, model):
+            raise DataError(
+                f"{folder}: has other embeddings than {reference}, so its hidden states cannot be "
+                "compared; give the BF16 model it was made from (nvvl rotate makes another)"
+            )
         curves = _Curves(source, model)
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
@@ -119,6 +124,10 @@ def measure_depth(
     )
     write_curves(depth, out)
     return depth
+
+
+def _same_basis(*models: NemotronNanoVL) -> bool:
+    return torch.equal(*(model.language_model.backbone.embeddings.weight for model in models))
 
 
 class _Curves:

@@ -16,6 +16,7 @@ grey image and with another item's image; a model that answers as well from thos
 kept, only what the text gives away.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -282,6 +283,8 @@ class _Session:
             members=members,
         )
         for member, row in zip(members, responses, strict=True):
+            for question, response in zip(questions, row, strict=True):
+                _require_numbers(self.journals[member].out, question, response)
             self.journals[member].append(
                 _to_answer(suite, condition, index, question, item_sha256, response)
                 for index, question, item_sha256, response in zip(
@@ -299,6 +302,16 @@ class _Session:
         elif condition == "other":
             item = _with_other_images(item, suite, index, self.options.seed)
         return prepare_question(item, self.processor, max_num_tiles=self.options.max_num_tiles)
+
+
+def _require_numbers(out: Path, question: Question, response: Response) -> None:
+    for name in ("nll", "kl"):
+        value = getattr(response, name)
+        if value is not None and not math.isfinite(value):
+            raise DataError(
+                f"{out}: item {question.item.item_id}: {name} is {value}: the model computes NaN "
+                "or Inf; see what nvvl verify says of it"
+            )
 
 
 def _to_answer(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError
+from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import RECIPE_NAME, ROTATION_NAME
@@ -112,7 +113,8 @@ def gather_evidence(
         The evidence of each run, by label. A checkpoint that is gone leaves none.
 
     Raises:
-        DataError: if a proof cannot be read, is of no run, or is older than its checkpoint.
+        DataError: if a proof cannot be read, is of no run, or is older than its checkpoint, or if a
+            checkpoint is not the one that was asked.
         CheckpointError: if a manifest is not one.
     """
     by_folder = {proof.folder.resolve(): proof for proof in map(read_proof, proofs)}
@@ -120,11 +122,19 @@ def gather_evidence(
     for folder in folders:
         beside = folder.with_name(PROOF_NAME.format(folder.name))
         if folder not in by_folder and folder.is_dir() and beside.is_file():
-            by_folder[folder] = read_proof(beside)
+            proof = read_proof(beside)
+            if proof.folder.name != folder.name:
+                raise DataError(
+                    f"{beside}: proves {proof.folder}, not the {folder.name} beside it; run nvvl "
+                    "verify again, or remove the file"
+                )
+            by_folder[folder] = proof
     for folder, proof in by_folder.items():
         if folder not in folders:
             raise DataError(f"{proof.path}: proves {proof.folder}, which no run is of")
         _require_newer(proof, folder)
+    for run, folder in zip(runs, folders, strict=True):
+        _require_same(run, folder)
     return {
         run.label: _read_folder(folder, by_folder.get(folder))
         for run, folder in zip(runs, folders, strict=True)
@@ -158,6 +168,15 @@ def read_proof(path: Path) -> Proof:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: required the output of nvvl verify --json ({error!r})") from None
+
+
+def _require_same(run: RunResult | HarnessRun, folder: Path) -> None:
+    manifest = folder / MANIFEST_NAME
+    if run.manifest_sha256 and manifest.is_file() and hash_file(manifest) != run.manifest_sha256:
+        raise DataError(
+            f"{run.out}: {folder} was written anew since it was asked, so its recipe and proof are "
+            "of another checkpoint; evaluate it again, or give the new one another name"
+        )
 
 
 def _require_newer(proof: Proof, folder: Path) -> None:

@@ -84,8 +84,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         self.progress = progress
         self.num_shortened = 0
         language = model.config.language
-        stops = language.eos_token_id
-        self._stop_ids = [stops] if isinstance(stops, int) else list(stops)
+        self._stop_ids = list(language.eos_token_ids)
         start = language.bos_token_id
         self._start_id = self._stop_ids[0] if start is None else start
 
@@ -122,9 +121,15 @@ class HarnessModel(LM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a conversation as the model's prompt."""
+        """Render a conversation as the model's prompt.
+
+        The harness asks for no opening where the last turn is the beginning of an answer, which the
+        model is to go on with.
+        """
         roles = {"system": "system", "user": "user", "assistant": "assistant"}
         messages = [Message(roles[turn["role"]], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
+        if not add_generation_prompt and messages and messages[-1].role == "assistant":
+            return render_prompt(messages[:-1], add_generation_prompt=True) + messages[-1].content
         return render_prompt(messages, add_generation_prompt=add_generation_prompt)
 
     @property

@@ -141,16 +141,16 @@ class NvvlModel(lmms):  # type: ignore[misc]
         )
 
     def _place(self, context: str, num_images: int, num_videos: int) -> str:
-        """Put placeholders before the text, unless the text has them all."""
+        """Put placeholders before the text, unless the text has them all.
+
+        A text that names a picture twice has more than there are pictures: its own are taken out.
+        """
         config = self.processor.config
         found = (context.count(config.image_token), context.count(config.video_token))
         if found == (num_images, num_videos):
             return context
-        if found != (0, 0):
-            raise DataError(
-                f"nvvl in lmms-eval: the text has {found[0]} {config.image_token} and {found[1]} "
-                f"{config.video_token}, the item {num_images} images and {num_videos} videos"
-            )
+        for token in (config.image_token, config.video_token):
+            context = context.replace(token, "")
         marks = [config.image_token] * num_images + [config.video_token] * num_videos
         return "\n".join([*marks, context])
 
@@ -159,7 +159,7 @@ class NvvlModel(lmms):  # type: ignore[misc]
         answers = generate(
             self.model,
             collate([inputs for inputs, _ in batch], language.pad_token_id),
-            eos_token_id=language.eos_token_id,
+            eos_token_id=language.eos_token_ids,
             max_new_tokens=longest_of([settings for _, settings in batch]),
         )
         return [

@@ -206,7 +206,7 @@ class Panel:
         answers = generate(
             sheet.model,
             collate_ids([question.prompt_ids for _, question in due], language.pad_token_id),
-            eos_token_id=language.eos_token_id,
+            eos_token_id=language.eos_token_ids,
             max_new_tokens=max_new_tokens,
             image_features=join_features([question for _, question in due]),
         )

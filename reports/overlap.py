@@ -10,7 +10,8 @@ from nvvl.calib_data.manifest import LazyItems
 from nvvl.errors import DataError
 from nvvl.reports.suites import SUITES
 
-# As many of each suite, and of the seed, as ``nvvl evaluate`` asks unless told otherwise.
+# As many of each suite, and of the seed, as ``nvvl evaluate`` asks unless told otherwise; of a set
+# number of items all.
 NUM_ITEMS = 1000
 SEED = 0
 
@@ -25,7 +26,8 @@ def evaluation_sets(own: Sequence[str]) -> dict[str, Callable[[], Iterable[Item]
         DataError: if a set is not there, has the name of a suite, or a line of it is malformed.
     """
     sets: dict[str, Callable[[], Iterable[Item]]] = {
-        name: partial(suite.items, NUM_ITEMS, seed=SEED) for name, suite in SUITES.items()
+        name: partial(suite.items, suite.num_available or NUM_ITEMS, seed=SEED)
+        for name, suite in SUITES.items()
     }
     for path in own:
         if path in sets:

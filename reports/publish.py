@@ -86,4 +86,4 @@ def publish(
 def _write(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode(errors="backslashreplace"))  # file names may be no UTF-8

@@ -51,7 +51,8 @@ def write_report(report: Report, out: Path, *, name: str = "report") -> tuple[Pa
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        markdown_path.write_text(render_markdown(report), encoding="utf-8")
+        text = render_markdown(report)
+        markdown_path.write_bytes(text.encode(errors="backslashreplace"))  # names may be no UTF-8
     return json_path, markdown_path
 
 
@@ -123,7 +124,14 @@ def make_rows(report: Report) -> list[Row]:
 def make_notes(report: Report) -> tuple[str, ...]:
     """Return how to read what a report has."""
     suites = _SUITE_NOTES if report.runs[0].suites else ()
-    return (*suites, *(TASK_NOTES if report.tasks else ()))
+    differing = (_DIFFERING.format("; ".join(report.differing)),) if report.differing else ()
+    return (*differing, *suites, *(TASK_NOTES if report.tasks else ()))
+
+
+_DIFFERING = (
+    "Not asked in the same way: {}. Arithmetic alone moves answers, which no interval shows: "
+    "differences are not of the weights alone."
+)
 
 
 _SUITE_NOTES = (

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from nvvl.errors import DataError
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
+from nvvl.quantize.staging import MANIFEST_NAME
 
 ImageCondition = Literal["right", "blank", "other"]
 AnswerKey = tuple[str, ImageCondition, int]
@@ -131,6 +132,7 @@ class ModelRun:
         format: numeric format of the weights, such as ``BF16`` or ``NVFP4``.
         weights_bytes: bytes of the model's safetensors weights on disk.
         folder_bytes: bytes of all files of the model's folder.
+        manifest_sha256: of its manifest.json; None without one, or where it was not recorded.
     """
 
     out: Path
@@ -139,6 +141,7 @@ class ModelRun:
     format: str
     weights_bytes: int
     folder_bytes: int
+    manifest_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,7 @@ def load_run(out: Path) -> RunResult:
             format=values["format"],
             weights_bytes=values["weights_bytes"],
             folder_bytes=values["folder_bytes"],
+            manifest_sha256=values.get("manifest_sha256"),
             settings=settings,
             answers=tuple(found[key] for key in expected),
         )
@@ -203,13 +207,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """Return format and sizes of a model's folder, as `RunResult` names them."""
+    """Return what `ModelRun` says of a model's folder, by the names it has there."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     quantization = config.get("quantization_config") or {}
     declared = quantization.get("quant_algo") or quantization.get("quant_method") or "BF16"
     if is_compressed_tensors(config):
         declared = declared_algorithm(quantization, path)
+    manifest = folder / MANIFEST_NAME
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     return {
         "format": declared,
@@ -217,6 +222,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
             size for path, size in sizes.items() if path.match("model*.safetensors")
         ),
         "folder_bytes": sum(sizes.values()),
+        "manifest_sha256": hash_file(manifest) if manifest.is_file() else None,
     }
 
 

@@ -65,6 +65,35 @@ def test_page_too_large_to_render_is_refused(make_pdf: MakePdf) -> None:
         read_pdf(make_pdf("a.pdf", "x"), dpi=10_000)
 
 
+def test_values_of_a_form_are_rendered(tmp_path: Path) -> None:
+    path = tmp_path / "form.pdf"
+    path.write_bytes(make_form(b"0 0 200 100 re f"))
+    (filled,) = read_pdf(path)
+    dark = sum(value < 128 for value in filled.images[0].convert("L").get_flattened_data())
+    assert dark > 1000
+
+
+def make_form(appearance: bytes) -> bytes:
+    """A page of nothing but one text field, drawn by its appearance."""
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] >> >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Annots [4 0 R] >>",
+        b"<< /Type /Annot /Subtype /Widget /FT /Tx /T (a) /V (b) /Rect [50 50 250 150] /F 4"
+        b" /P 3 0 R /AP << /N 5 0 R >> >>",
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 200 100] /Length %d >>\nstream\n%s\nendstream"
+        % (len(appearance), appearance),
+    ]
+    data, places = b"%PDF-1.7\n", []
+    for number, content in enumerate(objects, start=1):
+        places.append(len(data))
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    start, size = len(data), len(objects) + 1
+    data += b"xref\n0 %d\n0000000000 65535 f \n%s" % (size, table)
+    return data + b"trailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (size, start)
+
+
 def test_folder_without_pdf_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one PDF file"):
         read_pdf(tmp_path)
@@ -82,6 +111,16 @@ def test_text_is_cut_into_passages_at_white_space(tmp_path: Path) -> None:
         ["Continue the text.\nshort", "text"],
         ["Continue the text.\na b", "c  d"],
         ["Continue the text.\ne f", "g h"],
+    ]
+
+
+def test_characters_of_scripts_without_spaces_are_words(tmp_path: Path) -> None:
+    text = "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3060 abc"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    items = [source.load() for source in text_items(tmp_path, words=4)]
+    assert [[message.content for message in item.messages] for item in items] == [
+        ["Continue the text.\n\u65e5\u672c", "\u8a9e\u306e"],
+        ["Continue the text.\n\u6587\u7ae0", "\u3060 abc"],
     ]
 
 

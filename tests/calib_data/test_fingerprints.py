@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -96,6 +97,25 @@ def test_short_texts_count_as_a_whole_and_only_without_pictures() -> None:
         picture_item(make_document("card", seed, split="train").images[0]) for seed in (1, 2)
     )
     assert overlaps([first], [second]) == []
+
+
+def test_shared_instruction_is_no_overlap_but_a_shared_answer_is() -> None:
+    asked = "<image>\n" + " ".join(WORDS)
+    pictures = [make_document("card", seed, split="train").images[0] for seed in (1, 2)]
+    items = [
+        Item(name, (Message("user", asked), Message("assistant", name)), images=(picture,))
+        for name, picture in zip("ab", pictures, strict=True)
+    ]
+    assert overlaps(items[:1], items[1:]) == []
+    answer = Message("assistant", asked.removeprefix("<image>\n"))
+    items = [replace(item, messages=(Message("user", "<image>"), answer)) for item in items]
+    assert overlaps(items[:1], items[1:]) == [("a", "b", "text")]
+
+
+def test_words_without_spaces_are_shared_too() -> None:
+    text = "\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u4e07\u4ebf"
+    assert overlaps([text_item(f"\u4e00{text}")], [text_item(f"x {text}", "b")])
+    assert not overlaps([text_item(f"\u4e00{text[1:]}")], [text_item(f"x {text[1:]}", "b")])
 
 
 def test_passages_of_the_two_splits_share_no_run_of_words() -> None:

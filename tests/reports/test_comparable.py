@@ -12,6 +12,7 @@ from nvvl.reports.comparable import load_runs
 from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.harness_store import HarnessStore
 from nvvl.reports.journal import Journal
+from nvvl.reports.render import render_markdown
 from nvvl.reports.run import Answer, RunResult, Settings
 
 MakeRun = Callable[..., HarnessRun]
@@ -70,6 +71,22 @@ def write(run: HarnessRun) -> Path:
     for task, results in run.tasks.items():
         store.finish(task, results, run.items)
     return run.out
+
+
+def test_settings_that_move_answers_are_told(tmp_path: Path) -> None:
+    same, other = evaluate(tmp_path / "a", "bf16"), evaluate(tmp_path / "b", "fp8")
+    assert collect([same, other]).differing == ()
+    here, there = {"processor": "AVX512"}, {"processor": "AVX2"}
+    first = replace(same, settings=replace(same.settings, arithmetic=here))
+    changed = replace(other.settings, arithmetic=there, max_num_tiles=1, batch_size=4)
+    report = collect([first, replace(other, settings=changed)])
+    assert report.differing == (
+        "batch size 2 for bf16, 4 for fp8",
+        "max num tiles None for bf16, 1 for fp8",
+        "processor AVX512 for bf16, AVX2 for fp8",
+    )
+    text = render_markdown(report)
+    assert "Not asked in the same way: batch size 2 for bf16, 4 for fp8; max num tiles" in text
 
 
 def test_folders_are_told_apart_by_their_files(make_harness_run: MakeRun, tmp_path: Path) -> None:

@@ -136,6 +136,14 @@ def test_curves_of_another_model_are_not_replaced_without_a_word(
     assert load_depth(tmp_path / "depth.json") == depth
 
 
+def test_a_model_in_another_basis_is_refused(
+    make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(DataError, match=r"other: has other embeddings than .* \(nvvl rotate"):
+        measure_depth({"other": other}, tiny_checkpoint, tmp_path, [NUMBERS], num_items=1)
+
+
 def test_a_model_with_other_layers_is_refused(
     make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -335,3 +335,14 @@ def test_llm_compressor_folder_is_asked_beside_ours(tiny_checkpoint: Path, tmp_p
         ("own", "W4A16_NVFP4"),
         ("peer", "W4A16_NVFP4"),
     ]
+
+
+def test_model_that_computes_nan_is_named(
+    run: Evaluate, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "huge"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.lm_head.weight"][7] = 3e38  # finite, and its products are not
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"run: item number-0-\d+: nll is nan: the model"):
+        run(tmp_path / "run", folder=folder)

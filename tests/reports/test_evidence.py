@@ -16,6 +16,7 @@ from nvvl.reports.deployment import Engine, find_engines
 from nvvl.reports.evidence import gather_evidence, read_proof
 from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.publish import publish
+from nvvl.reports.run import describe_model
 
 CHECK = {"rule": "H1", "name": "hashes", "status": "passed", "detail": "ok", "passed": True}
 
@@ -26,7 +27,7 @@ def run(tmp_path: Path) -> Any:
     folder = tmp_path / "fp8"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    return SimpleNamespace(label="FP8", model=folder)
+    return SimpleNamespace(label="FP8", model=folder, out=tmp_path, manifest_sha256=None)
 
 
 def write_proof(path: Path, folder: Path, **changes: object) -> Path:
@@ -66,6 +67,28 @@ def test_proof_older_than_its_checkpoint_is_refused(run: Any, tmp_path: Path) ->
     os.utime(proof, (written - 1, written - 1))
     with pytest.raises(DataError, match=r"older than the checkpoint .* run nvvl verify again"):
         gather_evidence([run])
+
+
+def test_proof_of_another_checkpoint_is_refused(run: Any, tmp_path: Path) -> None:
+    write_proof(tmp_path / "verify-fp8.json", tmp_path / "nvfp4")
+    with pytest.raises(DataError, match=r"verify-fp8\.json: proves .*nvfp4, not the fp8 beside it"):
+        gather_evidence([run])
+
+
+def test_checkpoint_written_anew_since_it_was_asked_is_refused(
+    tiny_checkpoint: Path, make_harness_run: Callable[..., HarnessRun], tmp_path: Path
+) -> None:
+    folder = tmp_path / "rotated"
+    folder.mkdir()
+    write_bf16(tiny_checkpoint, folder, {}, command=("nvvl", "rotate"))
+    about = describe_model(folder)
+    asked = make_harness_run("rotated", {"acc": [1.0]})
+    asked = replace(asked, model=folder, manifest_sha256=about["manifest_sha256"])
+    assert gather_evidence([asked])["rotated"].manifest is not None
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"rotate"', '"distill"'))
+    with pytest.raises(DataError, match=r"rotated was written anew since it was asked"):
+        gather_evidence([asked])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 1, "passed": true}'])

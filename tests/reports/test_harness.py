@@ -181,6 +181,19 @@ def test_chat_puts_a_question_into_the_models_own_turns(
     )
 
 
+def test_begun_answer_stays_open(make_model: Callable[..., HarnessModel]) -> None:
+    """Tasks with a ``gen_prefix`` give the model the first words of its answer."""
+    model = make_model()
+    question = {"role": "user", "content": "Why?"}
+    begun = {"role": "assistant", "content": "The answer is"}
+    opened = model.apply_chat_template([question]) + "The answer is"
+    assert model.apply_chat_template([question, begun], add_generation_prompt=False) == opened
+    answer = encode(model, opened + " B")[len(encode(model, opened)) :]
+    ((nats, _),) = model.loglikelihood([ask("loglikelihood", opened, " B")])
+    expected = sum(log_probs(model, encode(model, opened) + answer)[-len(answer) :])
+    assert nats == pytest.approx(expected, abs=1e-3)  # float32, as below
+
+
 @pytest.mark.parametrize("question", ["Why?", "/think Why?"])
 def test_answer_in_a_chat_is_scored_in_the_tokens_it_is_generated_in(
     question: str, make_model: Callable[..., HarnessModel]

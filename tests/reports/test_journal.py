@@ -229,7 +229,7 @@ def test_format_and_sizes_are_read_from_the_folder(
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(10))
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(bytes(20))
-    (tmp_path / "calibration.safetensors").write_bytes(bytes(5))
+    (tmp_path / "calibration.amax").write_bytes(bytes(5))
     assert describe_model(tmp_path) == {
         "format": expected,
         "weights_bytes": 30,

@@ -62,6 +62,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "cuda"
 
 
+@pytest.mark.gpu
+def test_what_was_left_on_the_other_device_is_noticed(cuda: str) -> None:
+    there = torch.ones(2, 2, device=cuda)
+    with pytest.raises(RuntimeError):
+        there @ torch.ones(2, 2)
+    with pytest.raises((RuntimeError, TypeError)):
+        there.numpy()
+    assert (there + torch.ones(2, 2).to(cuda)).cpu().numpy().sum() == 8
+
+
 @pytest.fixture(scope="module")
 def items() -> CalibrationSet:
     made = []

@@ -60,7 +60,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or torch is None:
         return isinstance(error, MemoryError)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    marks = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in marks)
 
 
 app = typer.Typer(

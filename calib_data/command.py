@@ -1,5 +1,6 @@
 """The verbs ``nvvl calib ...``."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -10,7 +11,7 @@ import typer
 from nvvl.errors import OutputError, writing
 from nvvl.options import CalibArgument, JsonOption, SeedOption
 
-_MOST_NAME = 100  # characters of an id in the name of a file
+_MOST_NAME = 100  # bytes of an id in the name of a file
 
 
 def show(
@@ -44,7 +45,8 @@ def show(
         turns = [asdict(message) for message in item.messages]
         rows.append({**row, "pictures": [list(p.size) for p in pictures], "messages": turns})
         if save is not None:
-            name = f"{place}-{item.item_id.replace('/', '-')[:_MOST_NAME]}"
+            short = os.fsencode(item.item_id.replace("/", "-"))[:_MOST_NAME].decode(errors="ignore")
+            name = f"{place}-{short}"
             for number, picture in enumerate(pictures):
                 path = save / f"{name}-{number}.png"
                 with writing(path):

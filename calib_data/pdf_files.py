@@ -1,7 +1,8 @@
 """Pages of PDF files, rendered with pypdfium2; the text layer is what they say.
 
-A page that was scanned has no text layer and gives a question without an answer. Text is taken in
-the order the file has it, which for columns and tables need not be the order a reader would follow.
+A page that was scanned has no text layer and gives a question without an answer, and so does one
+with form fields, whose values are not in that layer. Text is taken in the order the file has it,
+which for columns and tables need not be the order a reader would follow.
 
 pypdfium2 comes with the extra ``nvvl[pdf]``.
 """
@@ -69,10 +70,10 @@ def _load(file: Path, item_id: str, pages: range, question: str, dpi: int) -> It
             where = f"{file}: page {number + 1}"
             with _page(document, number, where) as page:
                 images.append(_render(page, dpi, where))
-                texts.append(_text(page))
+                texts.append(None if _has_fields(page) else _text(page))
     messages = [Message("user", "<image>\n" * len(images) + question)]
     text = "\n\n".join(filter(None, texts))
-    if text:
+    if text and None not in texts:
         messages.append(Message("assistant", text))
     return Item(item_id=item_id, messages=tuple(messages), images=tuple(images), domain=PDF)
 
@@ -87,10 +88,10 @@ def _open(file: Path) -> "Iterator[PdfDocument]":
         ) from None
     try:
         document = PdfDocument(file)
+        document.init_forms()  # else the fields of a form are rendered empty
     except PdfiumError as error:
         raise DataError(f"{file}: not a PDF file that can be opened ({error})") from None
     with closing(document):
-        document.init_forms()  # else the fields of a form are rendered empty
         yield document
 
 
@@ -118,6 +119,17 @@ def _render(page: "PdfPage", dpi: int, where: str) -> Image.Image:
     with closing(page.render(scale=scale)) as bitmap:  # type: ignore[arg-type]
         # a copy, for the bitmap's memory is freed
         return to_rgb(bitmap.to_pil()).copy()
+
+
+def _has_fields(page: "PdfPage") -> bool:
+    from pypdfium2 import raw
+
+    found = False
+    for number in range(raw.FPDFPage_GetAnnotCount(page)):
+        annotation = raw.FPDFPage_GetAnnot(page, number)
+        found = found or raw.FPDFAnnot_GetSubtype(annotation) == raw.FPDF_ANNOT_WIDGET
+        raw.FPDFPage_CloseAnnot(annotation)
+    return found
 
 
 def _text(page: "PdfPage") -> str:

@@ -160,6 +160,20 @@ class DistillData:
         data.num_answers = num_answers if found.sha256 else len(items.items)
         return data
 
+    def require_answers(self) -> None:
+        """Refuse a set of nothing but pictures with a question, which alone would be learned.
+
+        Training a layer at a time learns from every token and needs no answers.
+
+        Raises:
+            DataError: if no item has an answer, or is text.
+        """
+        if not self.num_answers:
+            raise DataError(
+                "distillation: required items with an answer, got pictures with a question, which "
+                "alone would be learned; give answers (JSONL)"
+            )
+
     def __len__(self) -> int:
         return len(self._items)
 

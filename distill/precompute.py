@@ -57,6 +57,7 @@ def precompute_logits(
     with staged_folder(out, sources=sources, overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)
         data = DistillData.from_set(items, teacher, recipe, seed=seed)
+        data.require_answers()
         model = load_model(teacher, device=device)
         prepare = Preparer(model, recipe, device=device)
         head = model.language_model.lm_head.weight

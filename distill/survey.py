@@ -10,10 +10,11 @@ held out may stand in one that is trained on.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from nvvl.calib_data.items import Item, item_hash
+from nvvl.calib_data.items import Item
 from nvvl.calib_data.listing import DEFAULT
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.calib_data.media import picture_name
@@ -57,16 +58,17 @@ def survey_set(items: CalibrationSet, check: Callable[[Item], None]) -> Survey:
         except DataError as error:
             faults.append(str(error))
             continue
-        contents.append(_contents(item))
-        _add(digest, item)
+        shown = _shown(item)
+        contents.append(set(shown) or {_said(item)})
+        digest.update(_describe(item, shown))
     if len(faults) == 1:
         raise DataError(faults[0])
     if faults:
-        shown = "\n".join(faults[:_MOST_FAULTS])
+        named = "\n".join(faults[:_MOST_FAULTS])
         more = len(faults) - _MOST_FAULTS
-        shown += f"\nand {more} more" if more > 0 else ""
+        named += f"\nand {more} more" if more > 0 else ""
         raise DataError(
-            f"{items.spec}: {len(faults)} of {len(items.items)} items cannot be used:\n{shown}"
+            f"{items.spec}: {len(faults)} of {len(items.items)} items cannot be used:\n{named}"
         )
     return Survey(_join(contents), digest.hexdigest())
 
@@ -75,23 +77,30 @@ def hash_items(items: Iterable[Item]) -> str:
     """Return a SHA-256, in hex, of items with their names, in their order."""
     digest = hashlib.sha256()
     for item in items:
-        _add(digest, item)
+        digest.update(_describe(item, _shown(item)))
     return digest.hexdigest()
 
 
-def _add(digest: "hashlib._Hash", item: Item) -> None:
+def _describe(item: Item, shown: Sequence[str]) -> bytes:
+    times = [(video.fps, list(video.frame_indices)) for video in item.videos]
     # names of files that are no UTF-8 have half characters for bytes
-    line = f"{item.item_id} {item_hash(item)}\n"
-    digest.update(line.encode(errors="surrogateescape"))
+    line = f"{item.item_id} {_said(item)} {' '.join(shown)} {times}\n"
+    return line.encode(errors="surrogateescape")
 
 
-def _contents(item: Item) -> set[str]:
-    """Return hashes of what an item shows, or of what it says if it shows nothing."""
-    names = {picture_name(image) for image in item.images}
+def _said(item: Item) -> str:
+    """Return a hash of the turns."""
+    turns = [(message.role, message.content) for message in item.messages]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+
+
+def _shown(item: Item) -> list[str]:
+    """Return hashes of the pictures, then of the frames of each video."""
+    names = [picture_name(image) for image in item.images]
     for video in item.videos:
         frames = " ".join(map(picture_name, video.frames))
-        names.add(hashlib.sha256(frames.encode()).hexdigest())
-    return names or {item_hash(item)}
+        names.append(hashlib.sha256(frames.encode()).hexdigest())
+    return names
 
 
 def _join(contents: Iterable[set[str]]) -> list[list[int]]:

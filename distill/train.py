@@ -39,7 +39,7 @@ from nvvl.distill.teacher import check_run, run_identity
 from nvvl.distill.tensorboard import open_tensorboard, require_tensorboard
 from nvvl.distill.train_folder import LOG_NAME, hold_train_folder, train_folder
 from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
-from nvvl.errors import DataError, RecipeError, ReportedError, TrainingError, writing
+from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
 from nvvl.quantize.journal import describe_arithmetic
@@ -190,11 +190,7 @@ def _distill_held(
                 share=(processes.index, processes.count),
                 check=None if logits is None else logits.check,
             )
-            if not data.num_answers:
-                raise DataError(
-                    f"{items.spec}: required items with an answer, got pictures with a question, "
-                    "which alone would be learned; give answers (JSONL)"
-                )
+            data.require_answers()
             identity: dict[str, Any] = {}
             if processes.is_main:
                 identity = run_identity(run, teacher, recipe, items, data, seed)

@@ -85,8 +85,7 @@ def verify(
         bool,
         typer.Option(
             "--no-logits",
-            help="Leave out the comparison of logits, which holds a whole model in memory: OUT's "
-            "packed weights, and the same in BF16.",
+            help="Leave out the comparison of logits, which holds a whole BF16 model in memory.",
         ),
     ] = False,
     onnx: Annotated[

@@ -2,10 +2,9 @@
 
 Two models that share no weights in memory run the same items: one is loaded from the packed
 tensors; the other is the BF16 source with ModelOpt's quantizers and the stored amax. They are
-loaded one after the other, so memory holds one whole model at a time; the first, with its weights
-packed and in BF16, is the larger one, and where it does not fit nothing is compared. While a model
-runs, a digest of every module's output is kept; where the logits differ, the first module that
-differs is named.
+loaded one after the other, so memory holds one whole model in BF16 at a time, and where it does not
+fit nothing is compared. While a model runs, a digest of every module's output is kept; where the
+logits differ, the first module that differs is named.
 
 Equality is exact: same kernels, same order, same machine. It says nothing about how good the
 quantized model is (`nvvl.reports`).
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvvl.errors import ConfigError, NvvlError
+from nvvl.errors import ConfigError, NvvlError, SourceError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.tensor_files import tensor_bytes
 from nvvl.model.checkpoint import Checkpoint
@@ -61,7 +60,7 @@ def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None
         return not_checked(*LOGITS, str(fault))
     inputs = [processor(item.messages, images=item.images, videos=item.videos) for item in items]
     try:
-        needed, free = _memory_needed(out, source), free_memory()
+        needed, free = _memory_needed(source), free_memory()
         if free is not None and needed > free:
             return not_checked(
                 *LOGITS,
@@ -70,6 +69,8 @@ def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None
             )
         written = _run(lambda: load_any(out), inputs)
         calibrated = _run(lambda: fake_quant_model(source, out), inputs)
+    except SourceError:  # of the disk, not of the checkpoint
+        raise
     except NvvlError as fault:
         return judge(*LOGITS, [str(fault)])
     faults = []
@@ -89,10 +90,9 @@ def default_probe_items() -> "list[Item]":
     return [with_image, without]
 
 
-def _memory_needed(out: Path, source: Path) -> int:
-    """Return about how many bytes the written model takes: codes, and every weight in BF16."""
-    codes = (i.nbytes for i in Checkpoint(out).tensors.values() if i.dtype in ("F8_E4M3", "U8"))
-    return sum(codes) + sum(2 * info.numel for info in Checkpoint(source).tensors.values())
+def _memory_needed(source: Path) -> int:
+    """Return about how many bytes a model takes: every weight in BF16."""
+    return sum(2 * info.numel for info in Checkpoint(source).tensors.values())
 
 
 def _run(load: Callable[[], NemotronNanoVL], inputs: Sequence[ModelInputs]) -> list[_Trace]:

@@ -115,18 +115,27 @@ def n7_index(view: CheckpointView) -> Sequence[str]:
     return faults
 
 
-@rule("N8", "only weights are read as weights", servers="VT", silent=True)
+@rule("N8", "TensorRT-LLM reads nothing but weights as weights", servers="T")
 def n8_other_files(view: CheckpointView) -> Sequence[str]:
-    """N8: TensorRT-LLM loads every *.safetensors file, vLLM too where there is no index."""
+    """N8: TensorRT-LLM loads every *.safetensors file, whatever the index lists."""
+    return [f"{name}: TensorRT-LLM would read it as weights; move it" for name in _strays(view)]
+
+
+@rule("N8", "vLLM reads nothing but weights as weights", servers="V")
+def n8_other_files_without_index(view: CheckpointView) -> Sequence[str]:
+    """N8: without an index vLLM loads every *.safetensors file too."""
+    strays = [] if view.index is not None else _strays(view)
+    return [f"{name}: vLLM would read it as weights; move it" for name in strays]
+
+
+def _strays(view: CheckpointView) -> list[str]:
+    """List safetensors files that are not the model's, by the index or else by name."""
     if view.folder is None:
         raise NotCheckedError("needs the files")
     weight_map = (view.index or {}).get("weight_map")
     if isinstance(weight_map, dict):
-        weights, who = set(weight_map.values()), "TensorRT-LLM"
-    else:
-        weights, who = {name for name in view.shards if name.startswith("model")}, "any server"
-    others = sorted(view.shards.keys() - weights)
-    return [f"{name}: {who} would read it as weights; move it elsewhere" for name in others]
+        return sorted(view.shards.keys() - set(weight_map.values()))
+    return sorted(name for name in view.shards if not name.startswith("model"))
 
 
 NAME_RULES: tuple[Rule[CheckpointView], ...] = (
@@ -138,6 +147,7 @@ NAME_RULES: tuple[Rule[CheckpointView], ...] = (
     n6_clean_names,
     n7_index,
     n8_other_files,
+    n8_other_files_without_index,
 )
 
 

@@ -66,7 +66,7 @@ class VerificationReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         return {
-            "folder": str(self.folder),
+            "folder": str(self.folder.resolve()),
             "source": None if self.source is None else str(self.source),
             "passed": self.passed,
             "counts": self._counts(),
@@ -118,8 +118,7 @@ def verify(
     Args:
         out: the folder to prove.
         source: the BF16 checkpoint it was made from; without it, what needs it is not checked.
-        logits: whether to run both models, one after the other; needs memory for one, packed and
-            in BF16.
+        logits: whether to run both models, one after the other; needs memory for one in BF16.
         probe_items: items the logits are compared on; a few of the default set if None.
         graphs: a folder of ONNX graphs made from ``out``, to be proved with it.
         progress: called as tensors are read.

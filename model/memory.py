@@ -30,15 +30,16 @@ def _amounts(root: Path) -> Iterator[int]:
             continue
         if controllers:
             base, names = root / "sys/fs/cgroup/memory", ("limit_in_bytes", "usage_in_bytes")
-            cached = "total_inactive_file"
+            cached = "total_"
         else:
-            base, names, cached = root / "sys/fs/cgroup", ("max", "current"), "inactive_file"
+            base, names, cached = root / "sys/fs/cgroup", ("max", "current"), ""
         group = base / path.strip("/")
         for folder in (group, *group.parents):
             limit, used = (_read(folder / f"memory.{name}").strip() for name in names)
             if limit.isdigit() and used.isdigit() and int(limit) < _NO_LIMIT:
-                pages = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.M)
-                yield max(0, int(limit) - int(used) + (int(pages[1]) if pages else 0))
+                stat = _read(folder / "memory.stat")
+                pages = re.findall(rf"^{cached}(?:in)?active_file (\d+)$", stat, re.M)
+                yield max(0, int(limit) - int(used) + sum(map(int, pages)))
             if folder == base:
                 break
 

@@ -129,6 +129,8 @@ class Processes:
 def _require_gpus(num_processes: int) -> None:
     num_gpus = torch.cuda.device_count()
     if num_processes > num_gpus:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # one line is enough
+            raise ReportedError("too few GPUs")
         raise HardwareError(
             f"{num_processes} processes were started here, and there are {num_gpus} GPUs; start "
             f"{num_gpus} (torchrun --nproc-per-node), or pass --device cpu"

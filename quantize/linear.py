@@ -24,8 +24,8 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: (N,) or None; stored as it is, and only vision linears have one.
-        dense_weight: (N, K) dequantized weight, after `prepare`, which takes the place of its codes
-            and scales; not part of the state.
+        dense_weight: (N, K) dequantized weight, which `prepare` puts in the place of its codes and
+            their scales.
     """
 
     weight: Tensor
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype])
             self.register_buffer(spec.name.removeprefix("."), empty)
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0])) if bias else None)
-        self.register_buffer("dense_weight", None, persistent=False)
+        self.register_buffer("dense_weight", None)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Dequantize the weight, once its tensors are loaded, and let go of its codes.

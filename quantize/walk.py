@@ -109,6 +109,7 @@ def quantize_checkpoint(
         DataError: if items are needed and there are none, fewer than processes, or one cannot be
             used.
         CalibrationError: if a linear gets no usable amax, or an item gives NaN or Inf.
+        SourceError: if a file of the source cannot be read just now; finished blocks are kept.
         OutputError: if ``out`` exists, the disk is full, or an unfinished run of another recipe,
             source, calibration set or processor is there.
         HardwareError: if ``NVVL_KERNELS`` asks for kernels that this processor does not have.

@@ -236,7 +236,7 @@ def _read(
 
 def _answer_logits(model: NemotronNanoVL, questions: Sequence[Encoded]) -> Tensor:
     """Return the logits (N, V) that predict the answer tokens, question after question."""
-    device = model.language_model.lm_head.weight.device
+    device = model.language_model.backbone.embeddings.weight.device
     batch = collate_ids(
         [torch.cat([question.prompt_ids, question.answer_ids]) for question in questions],
         model.config.language.pad_token_id,

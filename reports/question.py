@@ -89,7 +89,7 @@ def encode_questions(encoder: NemotronNanoVL, questions: Sequence[Question]) -> 
         encoder: the model whose vision tower and projector are used.
         questions: in any order; tiles of neighbours are encoded together.
     """
-    device = encoder.language_model.lm_head.weight.device
+    device = encoder.language_model.backbone.embeddings.weight.device
     hidden, per_tile = encoder.config.language.hidden_size, encoder.config.tokens_per_tile
     parts = [torch.zeros(0, per_tile, hidden, dtype=encoder.dtype, device=device)]
     for pixels in torch.cat([q.prompt.pixel_values for q in questions]).split(_TILES_AT_ONCE):

@@ -55,10 +55,9 @@ __attribute__((visibility("default"))) std::optional<c10::DeviceType> getAcceler
 }
 """
 
-# these take tensors of both devices on a GPU too
-CROSSING = {
-    torch.ops.aten.copy_.default,
-    torch.ops.aten._to_copy.default,
+# These copy between devices, and these take indices from the CPU, on a GPU too.
+COPYING = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
+INDEXING = {
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
@@ -123,8 +122,10 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return False
     if func is torch.ops.aten._pin_memory.default:
         return args[0].clone()
-    if given and func not in CROSSING:
-        left = [t for t in tensors if not isinstance(t, SimulatedTensor) and t.dim()]
+    if given and func not in COPYING:
+        # all but the indices
+        mixed = [args[0], *args[2:3]] if func in INDEXING else tensors
+        left = [t for t in mixed if not isinstance(t, SimulatedTensor) and t.dim()]
         if left:
             shapes = [tuple(t.shape) for t in left]
             raise RuntimeError(f"{func}: cuda:0 and cpu (shapes {shapes}) in one operation")

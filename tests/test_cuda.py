@@ -69,6 +69,11 @@ def test_what_was_left_on_the_other_device_is_noticed(cuda: str) -> None:
         there @ torch.ones(2, 2)
     with pytest.raises((RuntimeError, TypeError)):
         there.numpy()
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.ones(2, 2)[there.long()]
+    with pytest.raises((RuntimeError, IndexError)):
+        there[there > 0] = torch.ones(4)
+    assert there[torch.tensor([1])].sum() == 2
     assert (there + torch.ones(2, 2).to(cuda)).cpu().numpy().sum() == 8
 
 

@@ -71,6 +71,7 @@ def test_values_of_a_form_are_rendered(tmp_path: Path) -> None:
     (filled,) = read_pdf(path)
     dark = sum(value < 128 for value in filled.images[0].convert("L").get_flattened_data())
     assert dark > 1000
+    assert [m.role for m in filled.messages] == ["user"]  # the value is in no text layer
 
 
 def make_form(appearance: bytes) -> bytes:

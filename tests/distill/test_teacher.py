@@ -61,7 +61,7 @@ def test_changed_calibration_is_found(copy: Path, tiny_checkpoint: Path) -> None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"manifest says: calibration\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"manifest says: calibration\.amax"):
         check_run(copy, tiny_checkpoint)
 
 

@@ -134,7 +134,7 @@ def test_logits_read_not_checked_where_the_model_does_not_fit(
 ) -> None:
     out = written("nvfp4")
     weights = sum(2 * tensor.numel() for tensor in load_file(source / "model.safetensors").values())
-    monkeypatch.setattr("nvvl.export.logits_proof.free_memory", lambda: weights)
+    monkeypatch.setattr("nvvl.export.logits_proof.free_memory", lambda: weights - 1)
     monkeypatch.setattr("nvvl.export.logits_proof.load_any", None)  # nothing is loaded
     report = verify(out, source, probe_items=probes)
     logits = report.checks[-1]

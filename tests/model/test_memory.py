@@ -12,14 +12,15 @@ V2 = {
     "proc/self/cgroup": "0::/job/step\n",
     "sys/fs/cgroup/job/memory.max": str(3000 * MB),
     "sys/fs/cgroup/job/memory.current": str(1200 * MB),
-    "sys/fs/cgroup/job/memory.stat": f"anon 7\nactive_file 5\ninactive_file {200 * MB}\n",
+    "sys/fs/cgroup/job/memory.stat": f"anon 7\nactive_file {50 * MB}\ninactive_file {150 * MB}\n",
     "sys/fs/cgroup/job/step/memory.max": "max\n",
     "sys/fs/cgroup/job/step/memory.current": str(1000 * MB),
 }
 V1 = {
     "proc/self/cgroup": "4:cpu,cpuacct:/\n3:memory:/box\n0::/\n",
     "sys/fs/cgroup/memory/box/memory.limit_in_bytes": str(2000 * MB),
-    "sys/fs/cgroup/memory/box/memory.usage_in_bytes": str(500 * MB),
+    "sys/fs/cgroup/memory/box/memory.usage_in_bytes": str(600 * MB),
+    "sys/fs/cgroup/memory/box/memory.stat": f"inactive_file 7\ntotal_active_file {100 * MB}\n",
     "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
     "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
 }

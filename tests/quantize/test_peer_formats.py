@@ -40,6 +40,9 @@ from nvvl.quantize.load import load_any
 from nvvl.quantize.pack import Amax, pack_linear, read_amaxes
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.targets import list_linears
+from nvvl.reports.evaluate import Candidate, Options, evaluate
+from nvvl.reports.measure import _same_vision
+from nvvl.reports.suites import SUITES
 
 LAYERS = "language_model.backbone.layers"
 UP_PROJ = f"{LAYERS}.1.mixer.up_proj"
@@ -453,3 +456,25 @@ def test_bytes_of_a_converted_scale_are_not_given(compress: Compress) -> None:
     assert len(checkpoint.read_bytes(f"{UP_PROJ}.weight")) == 128 * 64 // 2
     with pytest.raises(CheckpointError, match="input_scale is converted when read"):
         checkpoint.sha256(f"{UP_PROJ}.input_scale")
+
+
+def test_quantized_towers_and_heads_are_evaluated_each_with_its_own(
+    compress: Compress, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    ignore = ["re:.*embedder"]
+    folders = [compress(scheme, ignore=ignore) for scheme in ("FP8_DYNAMIC", "NVFP4A16")]
+    models = [load_any(folder) for folder in folders]
+    assert _same_vision(models[0], load_any(folders[0]))
+    assert not _same_vision(*models)
+    runs = evaluate(
+        [Candidate(folder=f, out=tmp_path / f.name, label=f.name) for f in folders],
+        [SUITES["line"]],
+        Options(num_items=2, batch_size=2, gate_items=0),
+    )
+    for run, folder in zip(runs, folders, strict=True):
+        (alone,) = evaluate(
+            [Candidate(folder=folder, out=tmp_path / "alone" / folder.name, label="alone")],
+            [SUITES["line"]],
+            Options(num_items=2, batch_size=2, gate_items=0),
+        )
+        assert [a.nll for a in run.answers] == [a.nll for a in alone.answers]

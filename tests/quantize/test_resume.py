@@ -473,7 +473,7 @@ def test_changed_calibration_file_is_refused(
     data = bytearray((copy / "calibration.amax").read_bytes())
     data[-1] ^= 1
     (copy / "calibration.amax").write_bytes(data)
-    with pytest.raises(Exception, match=r"calibration\.safetensors: its hash is not the one"):
+    with pytest.raises(Exception, match=r"calibration\.amax: its hash is not the one"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "out", nvfp4(), None, from_calibration=copy)
 
 

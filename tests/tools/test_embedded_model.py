@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nvvl.calib_data.documents import make_document
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model, resolve_model
 from nvvl.model.processor import Processor
+from nvvl.tools.embedded_model.average import average
 from nvvl.tools.embedded_model.data import NUM_GLYPHS, Batches, document_row, glyph_targets
 from nvvl.tools.embedded_model.muon import Muon
 from nvvl.tools.embedded_model.publish import publish
@@ -189,3 +191,18 @@ def test_published_folder_loads_as_a_checkpoint(trainee: Trainee, tmp_path: Path
     a_log = "language_model.backbone.layers.0.mixer.A_log"
     assert loaded.get_parameter(a_log).dtype == torch.float32
     Processor.from_folder(tmp_path / "out")
+
+
+def test_average_is_the_mean_of_every_weight(trainee: Trainee, tmp_path: Path) -> None:
+    embedded = resolve_model("embedded")
+    publish(trainee.model, embedded / "tokenizer.json", tmp_path / "drawn")
+    average([embedded, tmp_path / "drawn"], tmp_path / "mean")
+    one, other, mean = (
+        load_file(folder / "model.safetensors")
+        for folder in (embedded, tmp_path / "drawn", tmp_path / "mean")
+    )
+    assert one.keys() == other.keys() == mean.keys()
+    for name, tensor in mean.items():
+        expected = (one[name].double() + other[name].double()) / 2
+        assert torch.equal(tensor, expected.to(tensor.dtype)), name
+        assert tensor.dtype == one[name].dtype

@@ -125,8 +125,16 @@ class DistillData:
         seed: int,
         share: tuple[int, int] = (0, 1),
         check: Callable[[Item], None] | None = None,
+        keep_together: bool = True,
     ) -> Self:
         """Read a set through and split it, for the model of a folder.
+
+        Args:
+            items: The set.
+            model: Whose processor is used.
+            recipe: As in the class itself, as the others.
+            keep_together: Whether items that share a picture are on one side of the split; where
+                nothing is trained that does not matter.
 
         Raises:
             DataError: as the class itself, or if items cannot be read or used: those of a long
@@ -151,7 +159,7 @@ class DistillData:
             processor,
             recipe,
             seed=seed,
-            groups=found.groups,
+            groups=found.groups if keep_together else (),
             share=share,
             check=check,
         )

@@ -56,7 +56,7 @@ def precompute_logits(
     sources = [teacher, *items.files]
     with staged_folder(out, sources=sources, overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)
-        data = DistillData.from_set(items, teacher, recipe, seed=seed)
+        data = DistillData.from_set(items, teacher, recipe, seed=seed, keep_together=False)
         data.require_answers()
         model = load_model(teacher, device=device)
         prepare = Preparer(model, recipe, device=device)

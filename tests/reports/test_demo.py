@@ -143,7 +143,7 @@ def test_demo_does_not_replace_what_nvvl_did_not_write(source: Path, tmp_path: P
     mine = tmp_path / "demo" / "fp8" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("keep")
-    with pytest.raises(OutputError, match="nvvl did not write it"):
+    with pytest.raises(OutputError, match=r"no manifest\.json of an output of nvvl"):
         run_demo(source, tmp_path / "demo", num_items=1, num_calibration_items=2)
     with pytest.raises(OutputError, match="required a folder for the demo, got a file"):
         run_demo(source, mine, num_items=1)

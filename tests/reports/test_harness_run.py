@@ -47,7 +47,7 @@ def test_finished_run_is_read_as_it_was_written(run: HarnessRun) -> None:
     ]
     values = json.loads((run.out / "lm-eval.json").read_text())
     assert list(values) == [
-        *("label", "model", "format", "weights_bytes", "folder_bytes"),
+        *("label", "model", "format", "weights_bytes", "folder_bytes", "manifest_sha256"),
         *("settings", "tasks", "unfinished"),
     ]
 

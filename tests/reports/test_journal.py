@@ -234,4 +234,5 @@ def test_format_and_sizes_are_read_from_the_folder(
         "format": expected,
         "weights_bytes": 30,
         "folder_bytes": 35 + len(json.dumps(config)),
+        "manifest_sha256": None,
     }

@@ -132,7 +132,10 @@ class DistillData:
         Args:
             items: The set.
             model: Whose processor is used.
-            recipe: As in the class itself, as the others.
+            recipe: As in the class itself.
+            seed: As above.
+            share: As above.
+            check: As above.
             keep_together: Whether items that share a picture are on one side of the split; where
                 nothing is trained that does not matter.
 

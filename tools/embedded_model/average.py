@@ -27,7 +27,7 @@ def average(folders: Sequence[Path], out: Path) -> None:
     theirs = [dict(other.named_parameters()) for other in others]
     with torch.no_grad():
         for name, parameter in first.named_parameters():
-            every = [parameter, *(model[name] for model in theirs)]
+            every: list[torch.Tensor] = [parameter, *(model[name] for model in theirs)]
             parameter.copy_(torch.stack(every).mean(0))
     publish(first, folders[0] / "tokenizer.json", out)
 

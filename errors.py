@@ -18,7 +18,7 @@ The command line prints the message, but for that of a `ReportedError`, and exit
 other exception is a bug of nvvl's own and keeps its traceback.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def require_unread(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that would take the place of what it is made from.
+
+    Raises:
+        OutputError: if ``out`` is one of the sources, or holds one.
+    """
+    with writing(out):
+        for source in sources:
+            if out.resolve() in (source.resolve(), *source.resolve().parents):
+                raise OutputError(f"{out}: holds {source}, which is read; choose another OUT")
 
 
 def first_line(error: Exception) -> str:

@@ -57,6 +57,7 @@ def run_nvvl(preset: str, model: Path, out: Path, work: Path) -> dict[str, Any]:
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.model.safetensors_io import read_header, read_tensor
     from nvvl.quantize.estimate import default_limits
+    from nvvl.quantize.layout import CALIBRATION_NAME
     from nvvl.quantize.presets import load_recipe
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint
@@ -72,7 +73,7 @@ def run_nvvl(preset: str, model: Path, out: Path, work: Path) -> dict[str, Any]:
         quantize_checkpoint(model, out, recipe, items, limits=default_limits())
 
     watch.time("quantize", quantize)
-    header = read_header(out / "calibration.amax")
+    header = read_header(out / CALIBRATION_NAME)
     result = watch.to_dict("quantize")
     result["linears"] = sum(name.endswith(".weight_amax") for name in header)
     if calibrated:

@@ -39,7 +39,7 @@ from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
 from nvvl.calib_data.source_spec import Documents, Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
-from nvvl.errors import DataError, OutputError, writing
+from nvvl.errors import DataError, OutputError, require_unread, writing
 from nvvl.model.processor import Processor
 
 Progress = Callable[[str, int, int], None]
@@ -108,9 +108,7 @@ def build_set(
             set that only did not get its name is kept, and the error says where.
     """
     paths = (getattr(source, "path", None) for source in spec.sources)
-    for read in (base, *(base / path for path in paths if path)):
-        if out.resolve() in (read.resolve(), *read.resolve().parents):
-            raise OutputError(f"{out}: holds {read}, which is read; name another")
+    require_unread(out, [base, *(base / path for path in paths if path)])
     with _staged(out, overwrite=overwrite) as folder:
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
         with _suite_prints(suites, jobs) as theirs:

@@ -1,11 +1,14 @@
 """Items: conversations with their images and videos, as calibration and evaluation use them."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image
 
 from nvvl.calib_data.documents import Document, document_messages
+from nvvl.errors import DataError
 from nvvl.model.prompt import Message
 from nvvl.model.video import Video
 
@@ -37,6 +40,15 @@ def document_item(document: Document, item_id: str) -> Item:
         videos=(document.video,) if document.video else (),
         domain=document.kind,
     )
+
+
+@contextmanager
+def naming_item(item_id: str) -> Iterator[None]:
+    """Put the name of an item before what a `DataError` says of it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"item {item_id}: {error}") from None
 
 
 def item_hash(item: Item) -> str:

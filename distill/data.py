@@ -12,7 +12,6 @@ Shapes: T tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,7 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from nvvl.calib_data.items import Item
+from nvvl.calib_data.items import Item, naming_item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.split import permutation, split_items
@@ -150,7 +149,7 @@ class DistillData:
             nonlocal num_answers
             if check is not None:
                 check(item)
-            with _naming(item):
+            with naming_item(item.item_id):
                 answered = processor.has_answer(item.messages, item.images, item.videos)
             if recipe.loss_tokens == "answers" and not answered:
                 raise _mute(item)
@@ -240,21 +239,13 @@ class DistillData:
     def _prepare(self, item: Item) -> tuple[str, ModelInputs, Tensor]:
         if self._check is not None:
             self._check(item)
-        with _naming(item):
+        with naming_item(item.item_id):
             inputs = self._processor(item.messages, images=item.images, videos=item.videos)
         image_token_id = self._processor.config.image_token_id
         mask = loss_mask(inputs, self._recipe.loss_tokens, image_token_id=image_token_id)
         if not mask.any():
             raise _mute(item)
         return item.item_id, inputs, mask
-
-
-@contextmanager
-def _naming(item: Item) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"item {item.item_id}: {error}") from None
 
 
 def _mute(item: Item) -> DataError:

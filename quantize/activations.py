@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nvvl.calib_data.items import Item, item_hash
-from nvvl.errors import CalibrationError, DataError, OutputError
+from nvvl.calib_data.items import Item, item_hash, naming_item
+from nvvl.errors import CalibrationError, OutputError
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.estimate import SPAN_TILES, SPAN_TOKENS
@@ -130,10 +130,8 @@ class Activations:
         """
         for index, item in enumerate(self._items):  # items may be made anew on each access
             self.records.append((item.item_id, item_hash(item)))
-            try:
+            with naming_item(item.item_id):
                 inputs = self._processor(item.messages, images=item.images, videos=item.videos)
-            except DataError as error:
-                raise DataError(f"item {item.item_id}: {error}") from None
             self._input_ids.append(inputs.input_ids[None])
             self._hidden.append(None)
             # pixels of one item at a time: as float32 they are larger than all later activations

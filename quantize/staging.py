@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import NvvlError, OutputError, SourceError, writing
+from nvvl.errors import NvvlError, OutputError, SourceError, require_unread, writing
 
 MANIFEST_NAME = "manifest.json"
 
@@ -179,10 +179,8 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    require_unread(out, sources)
     with writing(out):
-        for source in sources:
-            if out.resolve() in (source.resolve(), *source.resolve().parents):
-                raise OutputError(f"{out}: holds {source}, which is read; choose another OUT")
         if not out.exists() and not out.is_symlink():
             return
         if os.path.ismount(out):

@@ -106,7 +106,7 @@ def test_an_item_that_is_there_already_is_left_out_and_named(build: Build, tmp_p
 def test_a_set_does_not_replace_what_it_is_made_of(out: str, build: Build, tmp_path: Path) -> None:
     save_image(tmp_path / "images/a.png")
     (tmp_path / "sub").mkdir()
-    with pytest.raises(OutputError, match=r"holds .*, which is read; name another"):
+    with pytest.raises(OutputError, match=r"holds .*, which is read; choose another OUT"):
         build({"kind": "folder", "name": "mine", "path": "images"}, out=out, overwrite=True)
     assert (tmp_path / "images/a.png").exists()
 

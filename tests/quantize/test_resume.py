@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item
-from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
+from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CalibrationError, OutputError, SourceError
 from nvvl.model import safetensors_io
 from nvvl.model.checkpoint_writer import CheckpointWriter
@@ -520,21 +519,3 @@ def test_source_that_cannot_be_read_just_now_keeps_the_finished_blocks(
     stages = resume(tiny_checkpoint, calibration_set, tmp_path / "out")
     assert stages[0] == f"{LAYERS}.4"
     assert folder_bytes(tmp_path / "out") == folder_bytes(quantize_tiny("nvfp4"))
-
-
-def test_what_is_read_is_never_replaced(
-    tiny_checkpoint: Path, quantize_tiny: QuantizeTiny, tmp_path: Path
-) -> None:
-    out = Path(shutil.copytree(quantize_tiny("fp8"), tmp_path / "out"))
-    before = folder_bytes(out)
-    with pytest.raises(OutputError, match=r"out: holds .*out, which is read"):
-        quantize_checkpoint(
-            *(tiny_checkpoint, out, nvfp4_w4a16(), None), from_calibration=out, overwrite=True
-        )
-    assert folder_bytes(out) == before
-    (out / "pictures").mkdir()
-    Image.new("RGB", (32, 32)).save(out / "pictures" / "a.png")
-    items = load_calibration_set(out / "pictures", num_items=1)
-    with pytest.raises(OutputError, match=r"out: holds .*pictures, which is read"):
-        quantize_checkpoint(tiny_checkpoint, out, nvfp4(), items, overwrite=True)
-    assert (out / "pictures" / "a.png").exists()

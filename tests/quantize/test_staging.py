@@ -2,16 +2,21 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.errors import DataError, OutputError
 from nvvl.quantize.journal import Journal
+from nvvl.quantize.presets import nvfp4, nvfp4_w4a16
 from nvvl.quantize.staging import resumable_folder, staged_folder
+from nvvl.quantize.walk import quantize_checkpoint
 
 Staging = Callable[..., AbstractContextManager[Any]]
 
@@ -133,3 +138,21 @@ def test_what_another_user_left_is_one_clear_line(
         resumable_folder(tmp_path / "out", sources=[tmp_path / "source"], overwrite=False) as stage,
     ):
         Journal(stage, {}, [])
+
+
+def test_what_is_read_is_never_replaced(
+    tiny_checkpoint: Path, quantize_tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(quantize_tiny("fp8"), tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(OutputError, match=r"out: holds .*out, which is read"):
+        quantize_checkpoint(
+            *(tiny_checkpoint, out, nvfp4_w4a16(), None), from_calibration=out, overwrite=True
+        )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(out / "pictures" / "a.png")
+    items = load_calibration_set(out / "pictures", num_items=1)
+    with pytest.raises(OutputError, match=r"out: holds .*pictures, which is read"):
+        quantize_checkpoint(tiny_checkpoint, out, nvfp4(), items, overwrite=True)
+    assert (out / "pictures" / "a.png").exists()

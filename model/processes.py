@@ -5,6 +5,7 @@ launch``), picks the device of each process and carries the collectives: NCCL be
 between CPU processes. Alone, nothing is set up and every sum is the number itself.
 """
 
+import atexit
 import json
 import os
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class Processes:
             self._accelerator = Accelerator(
                 cpu=self.device.type == "cpu", kwargs_handlers=[patience]
             )
+            atexit.register(_leave)
             self.index = self._accelerator.process_index
             self.count = self._accelerator.num_processes
             self.device = self._accelerator.device
@@ -124,6 +126,16 @@ class Processes:
         rows = self._accelerator.gather(value.to(self.device)[None])
         assert isinstance(rows, Tensor)
         return rows.to(value.device)
+
+
+def _leave() -> None:
+    """Leave the other processes, if any were joined, while Python still runs.
+
+    The threads of gloo let go of tensors, for which they need the interpreter; one that was late
+    ended a finished process by SIGABRT.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _require_gpus(num_processes: int) -> None:

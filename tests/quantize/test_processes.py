@@ -102,6 +102,14 @@ def test_two_processes_give_the_bytes_of_one(
     assert content(folder / "whole") == content(alone)
 
 
+def test_processes_have_left_each_other_before_python_ends(
+    outcomes: dict[str, list[Outcome]], folder: Path
+) -> None:
+    assert outcomes["whole"][0]["code"] == 0
+    for rank in range(2):
+        assert json.loads((folder / f"joined-{rank}.json").read_text()) is False
+
+
 def test_two_processes_go_on_after_an_interrupt_of_one(
     outcomes: dict[str, list[Outcome]], folder: Path, alone: Path
 ) -> None:

@@ -3,9 +3,11 @@
     torchrun --nproc-per-node 2 two_processes.py FOLDER
 
 Reads ``FOLDER/commands.json``: for each command its arguments, and the block after which the second
-process, and no other, is interrupted. Writes ``FOLDER/said-RANK.json``.
+process, and no other, is interrupted. Writes ``FOLDER/said-RANK.json``, and at its end to
+``FOLDER/joined-RANK.json`` whether it is joined to the other still.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from typer.testing import CliRunner
 
 from nvvl.cli import app
@@ -24,6 +27,11 @@ TICK = _Ticker.tick
 def main() -> None:
     """Run all commands."""
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    atexit.register(  # what is registered later, by a command, comes before it
+        lambda: (folder / f"joined-{rank}.json").write_text(
+            json.dumps(torch.distributed.is_initialized())
+        )
+    )
     said = []
     for command in json.loads((folder / "commands.json").read_text()):
         interrupts = [command["interrupt"]] if rank == "1" else []

@@ -2,8 +2,8 @@
 
 A backend encodes tiles, takes a prompt and then one token at a time; what it does in between is
 its own (`TorchBackend` here, ONNX graphs in `nvvl.export.onnx_backend`). The choices that make an
-answer are made here, once: which video tokens EVS drops, where images stand, which token is
-likeliest. So two backends with the same numbers give the same answer.
+answer are made here, once: which video tokens EVS drops, where images stand, which token is drawn,
+when thinking ends. So two backends with the same numbers give the same answer.
 """
 
 import time
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvvl.model.config import VLMConfig
+from nvvl.model.generate import GREEDY, Sampling, ThinkingBudget, Thought, choose_tokens
 from nvvl.model.processor import ModelInputs
 from nvvl.model.video import evs_retention_mask, prune_video_tokens
 from nvvl.model.vlm import ModelState, NemotronNanoVL
@@ -93,10 +94,12 @@ def answer(
     *,
     max_new_tokens: int,
     pruning_rate: float = 0.0,
+    sampling: Sampling = GREEDY,
+    thinking_budget: ThinkingBudget | None = None,
     eos_token_ids: Sequence[int] | None = None,
     on_token: Callable[[list[int]], None] | None = None,
 ) -> Answer:
-    """Answer one prompt with the likeliest tokens.
+    """Answer one prompt, with the tokens that `nvvl.model.generate.generate` chooses.
 
     Args:
         backend: fresh, that is without the states of another prompt.
@@ -104,6 +107,8 @@ def answer(
         inputs: the prompt, with its tiles.
         max_new_tokens: most tokens of the answer.
         pruning_rate: share of video tokens that EVS drops.
+        sampling: how each token is drawn.
+        thinking_budget: cuts reasoning; None leaves it alone.
         eos_token_ids: tokens that end the answer; the config's if None.
         on_token: called with all tokens so far, after each.
     """
@@ -115,9 +120,13 @@ def answer(
         ids, features = prune(config, inputs, features, pruning_rate)
     logits = backend.prefill(ids[None], features)
     tokens: list[int] = []
+    thought = Thought(thinking_budget, ids.tolist())
+    uniforms = torch.Generator().manual_seed(sampling.seed)
     first = time.perf_counter()
     while True:
-        token = int(logits.argmax())
+        uniform = torch.rand(1, generator=uniforms)
+        (drawn,) = choose_tokens(logits[None], sampling, uniform)
+        token = thought.guide(drawn, tokens)
         if token in stops:
             break
         tokens.append(token)

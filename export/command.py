@@ -133,22 +133,52 @@ def chat(
         ),
     ] = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token; above 0 samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Sample from the likeliest tokens that reach this sum."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    think: Annotated[
+        bool, typer.Option("--think", help="Reason first, as with /think in the question.")
+    ] = False,
+    thinking_budget: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="End reasoning at the first newline after so many tokens, or 500 later.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a BF16 or quantized model one question; greedy, tokens are printed as they come."""
+    """Ask a BF16 or quantized model one question; tokens are printed as they come."""
     if pruning_rate and not video:
         raise DataError(
             f"--pruning-rate {pruning_rate:g}: drops tokens of videos, and there is none; add "
             "--video, or leave it out"
         )
+    if not top_p:
+        raise DataError("--top-p 0: leaves no token to draw; give a share above 0")
+    if thinking_budget is not None and not think:
+        raise DataError(
+            f"--thinking-budget {thinking_budget}: ends reasoning, and the model is not asked to "
+            "reason; add --think, or leave it out"
+        )
     from nvvl.console import TokenStream, print_json
     from nvvl.export.answer import answer
     from nvvl.export.backends import open_backend
+    from nvvl.model.generate import Sampling, ThinkingBudget
     from nvvl.model.resolve import resolve_model
 
     folder = resolve_model(model)
-    inputs, processor = _read_question(folder, question, image or (), video or ())
+    inputs, processor = _read_question(folder, question, image or (), video or (), reasoning=think)
+    budget = None
+    if thinking_budget is not None:
+        budget = ThinkingBudget.from_tokenizer(processor.tokenizer, tokens=thinking_budget)
     stream = TokenStream(processor.decode, None if as_json else sys.stdout)
     with open_backend(folder, backend, device=choose_device(device)) as (runner, name):
         result = answer(
@@ -157,6 +187,8 @@ def chat(
             inputs,
             max_new_tokens=max_new_tokens,
             pruning_rate=pruning_rate,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            thinking_budget=budget,
             on_token=stream.show,
         )
     stream.end()
@@ -174,7 +206,7 @@ def chat(
 
 
 def _read_question(
-    folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path]
+    folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path], *, reasoning: bool
 ) -> "tuple[ModelInputs, Processor]":
     """Read a question's files and turn it into a prompt, images first, then videos."""
     from nvvl.calib_data.video_files import read_video
@@ -188,6 +220,7 @@ def _read_question(
         images=[open_image(path) for path in images],
         videos=[read_video(path) for path in videos],
         add_generation_prompt=True,
+        reasoning=reasoning,
     )
     return inputs, processor
 

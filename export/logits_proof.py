@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvvl.errors import ConfigError, NvvlError, SourceError
+from nvvl.errors import ConfigError, HardwareError, NvvlError, SourceError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.tensor_files import tensor_bytes
-from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.memory import free_memory
 from nvvl.model.processor import ModelInputs, Processor, collate
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.load import fake_quant_model, load_any
@@ -60,15 +58,10 @@ def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None
         return not_checked(*LOGITS, str(fault))
     inputs = [processor(item.messages, images=item.images, videos=item.videos) for item in items]
     try:
-        needed, free = _memory_needed(source), free_memory()
-        if free is not None and needed > free:
-            return not_checked(
-                *LOGITS,
-                f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; run it on a "
-                "larger machine or pass --no-logits",
-            )
         written = _run(lambda: load_any(out), inputs)
         calibrated = _run(lambda: fake_quant_model(source, out), inputs)
+    except HardwareError as shortage:
+        return not_checked(*LOGITS, f"{shortage}; or pass --no-logits")
     except SourceError:  # of the disk, not of the checkpoint
         raise
     except NvvlError as fault:
@@ -88,11 +81,6 @@ def default_probe_items() -> "list[Item]":
     with_image = next(item for item in items if item.images)
     without = next(item for item in items if not item.images and not item.videos)
     return [with_image, without]
-
-
-def _memory_needed(source: Path) -> int:
-    """Return about how many bytes a model takes: every weight in BF16."""
-    return sum(2 * info.numel for info in Checkpoint(source).tensors.values())
 
 
 def _run(load: Callable[[], NemotronNanoVL], inputs: Sequence[ModelInputs]) -> list[_Trace]:

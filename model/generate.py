@@ -70,6 +70,31 @@ class ThinkingBudget:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from logits; as it stands, the likeliest is taken.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 samples from logits / temperature.
+        top_p: Samples only from the likeliest tokens whose probabilities reach this sum.
+        seed: Of the uniform numbers. The same seed, batch and logits give the same tokens.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampling: required temperature >= 0 and 0 < top_p <= 1, got {self.temperature} "
+                f"and {self.top_p}"
+            )
+
+
+GREEDY = Sampling()
+
+
 @torch.no_grad()
 def generate(
     model: NemotronNanoVL,
@@ -77,9 +102,7 @@ def generate(
     *,
     eos_token_id: int | Sequence[int],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     thinking_budget: ThinkingBudget | None = None,
     image_features: Tensor | None = None,
     on_tokens: Callable[[dict[int, int]], None] | None = None,
@@ -91,9 +114,7 @@ def generate(
         batch: Left-padded prompts and their tiles.
         eos_token_id: The token, or tokens, that end a row.
         max_new_tokens: Most tokens per row.
-        temperature: 0 takes the likeliest token; above 0 samples from logits / temperature.
-        top_p: Samples only from the likeliest tokens whose probabilities reach this sum.
-        seed: Of the sampling. The same seed, batch and logits give the same tokens.
+        sampling: How each token is drawn.
         thinking_budget: Cuts reasoning; None leaves it alone.
         image_features: (image tokens of the batch, hidden), where the images were encoded before;
             the batch's pixels are then not looked at.
@@ -104,20 +125,17 @@ def generate(
         tokens was cut off.
 
     Raises:
-        ValueError: if a sampling argument is out of range.
+        ValueError: if ``max_new_tokens`` is below 1.
         DataError: if image tokens and tiles do not match.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            "required max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got "
-            f"{max_new_tokens}, {temperature} and {top_p}"
-        )
+    if max_new_tokens < 1:
+        raise ValueError(f"required max_new_tokens >= 1, got {max_new_tokens}")
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     device = model.language_model.backbone.embeddings.weight.device
     rows = list(range(batch.input_ids.shape[0]))
     answers: list[list[int]] = [[] for _ in rows]
-    thoughts = [_Thought(thinking_budget, batch.input_ids[row].tolist()) for row in rows]
-    uniforms = torch.Generator().manual_seed(seed)
+    thoughts = [Thought(thinking_budget, batch.input_ids[row].tolist()) for row in rows]
+    uniforms = torch.Generator().manual_seed(sampling.seed)
 
     input_ids, padding_mask = batch.input_ids.to(device), batch.padding_mask.to(device)
     if image_features is None:
@@ -129,7 +147,7 @@ def generate(
     for _ in range(max_new_tokens):
         # drawn for all rows, so that a row's numbers do not depend on when others ended
         uniform = torch.rand(len(answers), generator=uniforms)[rows]
-        tokens = choose_tokens(output.logits[:, -1], temperature, top_p, uniform)
+        tokens = choose_tokens(output.logits[:, -1], sampling, uniform)
         tokens = [
             thoughts[row].guide(token, answers[row])
             for row, token in zip(rows, tokens, strict=True)
@@ -152,33 +170,32 @@ def generate(
     return answers
 
 
-def choose_tokens(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> list[int]:
+def choose_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> list[int]:
     """Choose one token a row by inverting the distribution function of its likeliest tokens.
 
     Args:
         logits: (B, vocab), any float dtype.
-        temperature: 0 takes the largest logit.
-        top_p: probability mass of the likeliest tokens to keep, 0..1; one token at least is kept.
+        sampling: at temperature 0 the largest logit is taken; one token at least is kept.
         uniform: (B,) float32 in [0, 1), what decides; ignored at temperature 0.
 
     Returns:
         B token ids.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         choice: list[int] = logits.argmax(-1).tolist()
         return choice
     # float64: running sums of 131,072 probabilities in float32 would round the tail away
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     values, ids = probabilities.sort(dim=-1, descending=True)
     before = values.cumsum(-1) - values
-    reached = values.masked_fill(before >= top_p, 0).cumsum(-1)
+    reached = values.masked_fill(before >= sampling.top_p, 0).cumsum(-1)
     target = uniform.to(reached)[:, None] * reached[:, -1:]
     place = torch.searchsorted(reached, target, right=True).clamp(max=logits.shape[-1] - 1)
     sampled: list[int] = ids.gather(-1, place)[:, 0].tolist()
     return sampled
 
 
-class _Thought:
+class Thought:
     """Follows the thinking of one row, and ends it when the budget says so."""
 
     def __init__(self, budget: ThinkingBudget | None, prompt: list[int]) -> None:

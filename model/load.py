@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nvvl.errors import CheckpointError
 from nvvl.model.checkpoint import Checkpoint, TensorInfo
 from nvvl.model.config import VLMConfig
+from nvvl.model.memory import require_memory
 from nvvl.model.resolve import resolve_model as resolve_model
 from nvvl.model.vlm import NemotronNanoVL
 
@@ -64,12 +65,19 @@ def load_model(
         ConfigError: if config.json cannot be used.
         CheckpointError: if tensors are missing, unexpected, of another shape, not finite, or if
             the folder is quantized.
+        HardwareError: if memory cannot hold it.
     """
     checkpoint = Checkpoint(folder)
     model = _meta_model(checkpoint.config)
     check_tensors(checkpoint, expected_tensors(checkpoint.config))
+    require_memory(num_bytes(model, dtype or torch.bfloat16), str(folder), device)
     materialize(model, "", checkpoint, dtype=dtype, device=device)
     return model.eval()
+
+
+def num_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return how many bytes the parameters of a model take in a dtype."""
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -3,6 +3,12 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvvl.errors import HardwareError
+
+if TYPE_CHECKING:
+    import torch
 
 # A limit that says "none": version 1 of control groups has a number near 2**63 for it.
 _NO_LIMIT = 1 << 60
@@ -18,6 +24,28 @@ def free_memory(root: Path = Path("/")) -> int | None:
         root: Where ``/proc`` and ``/sys`` are.
     """
     return min(_amounts(root), default=None)
+
+
+def require_memory(needed: int, what: str, device: "torch.device | str") -> None:
+    """Refuse what memory cannot hold, before any of it is read.
+
+    On a GPU nothing is asked: what does not fit there fails at once and not after an hour of
+    swapping.
+
+    Args:
+        needed: Bytes.
+        what: Path of a checkpoint, for the message.
+        device: Where it goes.
+
+    Raises:
+        HardwareError: if fewer bytes are free.
+    """
+    free = free_memory() if str(device).startswith("cpu") else None
+    if free is not None and needed > free:
+        raise HardwareError(
+            f"{what}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            "end other programs, or use a larger machine"
+        )
 
 
 def _amounts(root: Path) -> Iterator[int]:

@@ -129,12 +129,13 @@ class Processes:
 
 
 def _leave() -> None:
-    """Leave the other processes, if any were joined, while Python still runs.
+    """Leave the other CPU processes, if any were joined, while Python still runs.
 
     The threads of gloo let go of tensors, for which they need the interpreter; one that was late
-    ended a finished process by SIGABRT.
+    ended a finished process by SIGABRT. NCCL has no such threads, and its way to leave waits for
+    the other processes, which for one that failed would be for ever.
     """
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
 

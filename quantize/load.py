@@ -21,7 +21,8 @@ from torch import nn
 
 from nvvl.errors import CheckpointError
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.load import load_model, materialize
+from nvvl.model.load import load_model, materialize, num_bytes
+from nvvl.model.memory import require_memory
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8
 from nvvl.quantize.declared import (
@@ -55,12 +56,14 @@ def load_any(
         ConfigError: if config.json cannot be used.
         CheckpointError: if tensors are missing, unexpected, of another shape or dtype, or not
             finite, or if the declared formats are unknown or not those of the tensors.
+        HardwareError: if memory cannot hold its weights in ``dtype``.
     """
     checkpoint = open_checkpoint(folder)
     if not is_quantized(checkpoint):
         return load_model(folder, dtype=dtype, device=device)
     with torch.device("meta"):
         model = NemotronNanoVL(checkpoint.config)
+        needed = num_bytes(model, dtype)
         linears = _all_linears(model)
         formats = stored_formats(checkpoint, linears)
         check_quantized_tensors(checkpoint, formats, linears)
@@ -68,6 +71,7 @@ def load_any(
             if linear_format != "bf16":
                 bias = model.get_submodule(fqn).bias is not None
                 replace_module(model, fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
+    require_memory(needed, str(folder), device)
     materialize(model, "", checkpoint, dtype=dtype, device=device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):

@@ -429,6 +429,43 @@ def test_chat_answers_about_an_image(source: Path, tmp_path: Path) -> None:
     assert isinstance(json.loads(result.stdout)["answer"], str)
 
 
+def test_chat_samples_by_seed_and_ends_thinking(source: Path) -> None:
+    def chat(*options: object) -> str:
+        result = run("chat", source, "What?", "--max-new-tokens", 24, "--json", *options)
+        assert result.exit_code == 0, result.output
+        answer: str = json.loads(result.stdout)["answer"]
+        return answer
+
+    assert chat("--temperature", 1, "--seed", 1) == chat("--temperature", 1, "--seed", 1)
+    assert chat("--temperature", 1, "--seed", 1) != chat("--temperature", 1, "--seed", 2)
+    assert chat("--temperature", 1, "--top-p", 1e-6) == chat()
+    assert "</think>" in chat("--think", "--thinking-budget", 0)
+    assert "</think>" not in chat("--think")  # random weights do not close it themselves
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--thinking-budget", 5], "add --think"),
+        (["--top-p", 0], "--top-p 0"),
+    ],
+)
+def test_chat_names_options_without_effect(source: Path, options: list[object], part: str) -> None:
+    assert_user_error(run("chat", source, "What?", *options), part)
+
+
+def test_model_that_memory_cannot_hold_is_refused_at_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "fp8"
+    assert run("quantize", "fp8", source, out, "--samples", 2).exit_code == 0
+    monkeypatch.setattr("nvvl.model.memory.free_memory", lambda: 1000)
+    for folder in (source, out):
+        assert_user_error(run("chat", folder, "What?"), f"{folder}: needs about")
+        evaluated = run("evaluate", folder, "--items", 2, "-o", tmp_path / "runs")
+        assert_user_error(evaluated, f"{folder}: needs about")
+
+
 def test_unreadable_image_is_named(source: Path, tmp_path: Path) -> None:
     image = tmp_path / "page.png"
     image.write_bytes(b"no image")

@@ -24,7 +24,7 @@ from nvvl.export.onnx_backend import open_graphs
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
-from nvvl.model.generate import generate
+from nvvl.model.generate import Sampling, ThinkingBudget, generate
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, ModelInputs, Processor, Video, collate
 from nvvl.model.vlm import NemotronNanoVL
@@ -89,6 +89,30 @@ def test_torch_answers_as_generate_does(
     assert result.ids == wanted
     assert result.prompt_tokens == len(prompts[prompt].input_ids)
     assert result.tokens_per_s > 0
+
+
+@pytest.mark.parametrize("tokens", [None, 0, 9])
+def test_sampled_and_cut_short_as_generate_does(
+    processor: Processor, model: NemotronNanoVL, tokens: int | None
+) -> None:
+    message = Message("user", "<image>\nread the text")
+    inputs = processor(
+        [message], images=pictures(1), add_generation_prompt=True, reasoning=tokens is not None
+    )
+    budget = None
+    if tokens is not None:
+        budget = ThinkingBudget.from_tokenizer(processor.tokenizer, tokens=tokens, grace=3)
+    options = {
+        "sampling": Sampling(temperature=0.8, top_p=0.9, seed=5),
+        "thinking_budget": budget,
+    }
+    result = run(TorchBackend(model), processor, inputs, **options)
+    batch = collate([inputs], 0)
+    (wanted,) = generate(model, batch, eos_token_id=(), max_new_tokens=NUM_TOKENS, **options)
+    assert result.ids == wanted
+    text = processor.tokenizer.decode(wanted, skip_special_tokens=False)
+    assert ("</think>" in text) == (tokens is not None)
+    assert result.ids != run(TorchBackend(model), processor, inputs).ids
 
 
 @pytest.mark.parametrize(

@@ -133,13 +133,14 @@ def test_logits_read_not_checked_where_the_model_does_not_fit(
     written: Folders, source: Path, probes: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = written("nvfp4")
-    weights = sum(2 * tensor.numel() for tensor in load_file(source / "model.safetensors").values())
-    monkeypatch.setattr("nvvl.export.logits_proof.free_memory", lambda: weights - 1)
-    monkeypatch.setattr("nvvl.export.logits_proof.load_any", None)  # nothing is loaded
+    stored = load_file(source / "model.safetensors")
+    weights = sum(2 * tensor.numel() for tensor in stored.values())
+    monkeypatch.setattr("nvvl.model.memory.free_memory", lambda: int(0.99 * weights))
+    monkeypatch.setattr("nvvl.quantize.load.materialize", None)  # nothing is loaded
     report = verify(out, source, probe_items=probes)
     logits = report.checks[-1]
     assert (logits.rule, logits.status) == ("L1", "not checked")
-    assert logits.detail.startswith("needs about 0.0 GB, 0.0 GB are free; run it on a larger")
+    assert f"{out}: needs about 0.0 GB of memory, 0.0 GB are free; end other" in logits.detail
     assert logits.detail.endswith("or pass --no-logits")
     assert report.passed
 

@@ -9,7 +9,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nvvl.errors import DataError
 from nvvl.model.config import VLMConfig
-from nvvl.model.generate import ThinkingBudget, choose_tokens, generate
+from nvvl.model.generate import Sampling, ThinkingBudget, choose_tokens, generate
 from nvvl.model.processor import Batch
 from nvvl.model.vlm import ModelState, NemotronNanoVL
 
@@ -144,9 +144,7 @@ def test_seed_settles_the_samples(model: NemotronNanoVL) -> None:
             batch,
             eos_token_id=NO_EOS,
             max_new_tokens=12,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
         )
 
     first = sample(1)
@@ -176,27 +174,29 @@ def test_seed_settles_the_samples(model: NemotronNanoVL) -> None:
 )
 def test_sampling_inverts_the_distribution(uniform: float, top_p: float, token: int) -> None:
     logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
-    assert choose_tokens(logits, 1.0, top_p, torch.tensor([uniform])) == [token]
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    assert choose_tokens(logits, sampling, torch.tensor([uniform])) == [token]
 
 
 def test_temperature_flattens_the_distribution() -> None:
     logits = torch.tensor([[0.0, 2.0]]).expand(4000, 2)
     uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 4.0):
-        share = sum(choose_tokens(logits, temperature, 1.0, uniform)) / 4000
+        sampling = Sampling(temperature=temperature)
+        share = sum(choose_tokens(logits, sampling, uniform)) / 4000
         expected = float(torch.sigmoid(torch.tensor(2.0 / temperature)))
         assert share == pytest.approx(expected, abs=0.03)  # four standard deviations
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}]
-)
-def test_arguments_out_of_range_are_refused(
-    arguments: dict[str, Any], model: NemotronNanoVL
-) -> None:
-    given = {"max_new_tokens": 2, "eos_token_id": NO_EOS} | arguments
+@pytest.mark.parametrize("arguments", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_out_of_range_is_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="required temperature >= 0 and 0 < top_p <= 1"):
+        Sampling(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_answer_has_one_token_at_least(model: NemotronNanoVL) -> None:
     with pytest.raises(ValueError, match="required max_new_tokens >= 1"):
-        generate(model, left_pad(prompts_of(3)), **given)
+        generate(model, left_pad(prompts_of(3)), eos_token_id=NO_EOS, max_new_tokens=0)
 
 
 def test_missing_tiles_are_refused(model: NemotronNanoVL) -> None:

@@ -275,7 +275,9 @@ class CheckpointWriter:
         file.truncate(shard.file_bytes)
 
     def bytes_to_come(self) -> int:
-        """Return how much disk space the files will still take."""
+        """Return how much disk space the files will still take; nothing once they are closed."""
+        if any(file.closed for file in self._files.values()):
+            return 0
         # st_blocks counts what a sparse file really holds
         held = sum(os.fstat(file.fileno()).st_blocks * 512 for file in self._files.values())
         return max(0, self.files_bytes() - held)

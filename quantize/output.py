@@ -193,8 +193,10 @@ class Output:
 
     def explain(self, error: Exception) -> str:
         """Say what of the output is kept and what is missing, after an error of writing."""
+        still = self.writer.bytes_to_come()
+        needed = f"{still} bytes" if still else "its small files"
         return (
-            f"{error} (the output still needs {self.writer.bytes_to_come()} bytes; "
+            f"{error} (the output still needs {needed}; "
             f"{len(self.journal.blocks)} finished blocks are kept in {self._stage.root})"
         )
 

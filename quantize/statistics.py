@@ -1,17 +1,22 @@
 """Statistics of the inputs of every linear that a recipe quantizes, by modality; writes nothing.
 
 The blocks are run over the items as `nvvl.quantize.walk` does, each layer twice
-(`nvvl.quantize.modalities`), and the items stay in memory. For each linear: amax of image tokens
-and of text tokens, the input scale that the recipe gives, and the error of rounding either modality
-to FP8 and to NVFP4 under it, whichever of the two the recipe asks for.
+(`nvvl.quantize.modalities`); items that half of the free memory does not hold lie in a temporary
+folder between blocks. For each linear: amax of image tokens and of text tokens, the input scale
+that the recipe gives, and the error of rounding either modality to FP8 and to NVFP4 under it,
+whichever of the two the recipe asks for.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from nvvl.calib_data.items import Item
 from nvvl.errors import DataError, RecipeError
@@ -21,9 +26,11 @@ from nvvl.model.processor import Processor
 from nvvl.quantize.activations import Activations
 from nvvl.quantize.block_runner import BlockRunner, count_runs
 from nvvl.quantize.blocks import BlockReader, list_blocks
+from nvvl.quantize.estimate import default_limits
 from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.modalities import CANDIDATES, MODALITIES, PLAIN, LayerInputs, Modality
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
+from nvvl.quantize.spill import SpillFolder
 from nvvl.quantize.targets import assign_formats, list_linears
 
 
@@ -98,6 +105,7 @@ def collect_input_statistics(
         RecipeError: if the recipe does not fit the model, or quantizes no inputs.
         DataError: if there are no items, one cannot be used, or all lack a modality that weighs.
         CalibrationError: if an item gives NaN or Inf.
+        OutputError: if neither memory nor the disk has room for the items.
     """
     checkpoint = Checkpoint(source)
     check_tensors(checkpoint, expected_tensors(checkpoint.config))
@@ -119,31 +127,43 @@ def collect_input_statistics(
             progress(stage, done, len(blocks) * len(items))
 
     processor = Processor.from_folder(checkpoint.folder)
-    activations = Activations(items, processor, device=device, tick=tick)
+    budget = default_limits().activation_bytes
+    activations = Activations(items, processor, device=device, tick=tick, budget_bytes=budget)
     runner = BlockRunner(checkpoint, device)
     found: list[InputStatistics] = []
-    with BlockReader(checkpoint, blocks, device=device) as reader:
-        for stage in blocks:
+    with (
+        TemporaryDirectory(prefix="nvvl-") as folder,
+        BlockReader(checkpoint, blocks, device=device) as reader,
+    ):
+        spills = SpillFolder(Path(folder), index=0)
+        for count, stage in enumerate(blocks, start=1):
             block = reader.take(stage)
             measured = {
                 fqn: _formats_to_measure(shapes[fqn][1])
                 for fqn, linear_format in formats.items()
                 if fqn.startswith(f"{stage}.") and linear_format in CALIBRATED_FORMATS
             }
-            if not measured:
-                runner.run(block, activations)
-                continue
-            layer = runner.fill_layer(block)
-            candidates = PLAIN if recipe.image_weight is None else CANDIDATES
-            inputs = LayerInputs(stage, measured, candidates)
-            inputs.survey(layer, activations)
-            with inputs.rounding(layer) as announce:
-                activations.run_layer(layer, stage, announce)
+            run = partial(runner.run, block, activations)
+            if measured:
+                layer = runner.fill_layer(block)
+                candidates = PLAIN if recipe.image_weight is None else CANDIDATES
+                inputs = LayerInputs(stage, measured, candidates)
+                inputs.survey(layer, activations)
+                run = partial(_run_rounded, inputs, layer, stage, activations)
+            activations.run_block(run, spills.file(count), room=shutil.disk_usage(folder).free)
+            spills.drop(before=count)
             found += [
                 _describe(inputs, fqn, formats[fqn], to, recipe.image_weight)
                 for fqn, to in measured.items()
             ]
     return found
+
+
+def _run_rounded(
+    inputs: LayerInputs, layer: nn.Module, name: str, activations: Activations
+) -> None:
+    with inputs.rounding(layer) as announce:
+        activations.run_layer(layer, name, announce)
 
 
 def _formats_to_measure(in_features: int) -> tuple[Format, ...]:

@@ -168,14 +168,15 @@ def quantize_checkpoint(
         )
         try:
             walk.run(share, list(finished), progress=progress, stop=stop)
+            with group.agreed():
+                if output is not None:
+                    output.write_files(command)
         except OutputError as error:
             if output is None:
                 raise
             raise OutputError(output.explain(error)) from error
         with group.agreed():
-            if output is not None:
-                output.write_files(command)
-                stack.close()
+            stack.close()
     return Manifest.read(out)
 
 

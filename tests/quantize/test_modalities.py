@@ -1,6 +1,7 @@
 """Inputs of linears by modality, and input scales that weigh the two."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.quantize import activations as activations_module
 from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize.estimate import Limits
 from nvvl.quantize.modalities import CANDIDATES, LayerInputs
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.presets import PRESETS
@@ -107,6 +109,22 @@ def test_items_in_spans_keep_their_modality(
             assert one.parts[modality].num_tokens == part.num_tokens
             # BF16 sums in another order along the layers: a part in 2**8, a few layers deep
             assert one.parts[modality].amax == pytest.approx(part.amax, rel=0.05)
+
+
+def test_items_that_memory_does_not_hold_give_the_same_statistics(
+    statistics: list[InputStatistics],
+    tiny_checkpoint: Path,
+    items: tuple[Item, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        "nvvl.quantize.statistics.default_limits", lambda: Limits(activation_bytes=1)
+    )
+    found = collect_input_statistics(tiny_checkpoint, PRESETS["nvfp4"](), items)
+    assert found == statistics
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("preset", "image_weight"), [("fp8", 1.0), ("nvfp4", 0.3)])

@@ -387,6 +387,32 @@ def test_full_disk_keeps_the_state_and_says_what_is_missing(
     assert folder_bytes(out) == folder_bytes(quantize_tiny("nvfp4"))
 
 
+def test_full_disk_at_the_last_file_keeps_the_state(
+    tiny_checkpoint: Path,
+    calibration_set: CalibrationSet,
+    quantize_tiny: QuantizeTiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    write_bytes = Path.write_bytes
+
+    def fill(path: Path, *args: Any, **options: Any) -> int:
+        if path.name == "manifest.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        with pytest.raises(
+            OutputError, match=r"No space left .*still needs its small files; \d+ finished blocks"
+        ):
+            quantize_checkpoint(tiny_checkpoint, out, nvfp4(), calibration_set)
+    assert_only(tmp_path, ".out.partial")
+    assert resume(tiny_checkpoint, calibration_set, out) == ["everything else"]  # no block
+    assert folder_bytes(out) == folder_bytes(quantize_tiny("nvfp4"))
+
+
 def test_second_run_into_the_same_folder_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with resumable_folder(out, sources=[tiny_checkpoint], overwrite=False) as stage:

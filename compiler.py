@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -39,7 +40,7 @@ _FLAG_SETS = (
     (*_FLAGS, "-march=native"),
     _FLAGS,
 )
-_TIMEOUT_S = 120
+_TIMEOUT_S = 900  # seconds of work, which takes minutes where other work runs
 
 
 def load_library(source: Path) -> ctypes.CDLL:
@@ -48,7 +49,8 @@ def load_library(source: Path) -> ctypes.CDLL:
     The compiler is ``$CC``, or else ``cc``.
 
     Raises:
-        HardwareError: If there is no compiler, it fails, or the cache cannot be written or loaded.
+        HardwareError: If there is no compiler, it fails or takes too long, or the cache cannot be
+            written or loaded.
     """
     path = _cache_folder() / f"{source.stem}-{_digest(source)}.so"
     try:
@@ -102,11 +104,23 @@ def _compile(source: Path, path: Path) -> None:
 
 def _run_compiler(command: list[str]) -> str:
     """Return an empty string, or the first error, else the last line, that the compiler printed."""
-    try:
-        subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
-    except subprocess.CalledProcessError as error:
-        lines = str(error.stderr).strip().splitlines() or ["no message"]
-        return next((line for line in lines if "error:" in line), lines[-1])
-    except subprocess.TimeoutExpired:
-        return f"no result after {_TIMEOUT_S} s"
-    return ""
+    # in a group of its own: what it starts is ended with it
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            _, printed = process.communicate(timeout=_TIMEOUT_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise HardwareError(f"{command[0]}: no result after {_TIMEOUT_S} s") from None
+    if process.returncode == 0:
+        return ""
+    lines = printed.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error:" in line), lines[-1])

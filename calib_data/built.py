@@ -20,6 +20,7 @@ from nvvl.calib_data.counts import TokenCounts
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.media import read_picture, save_picture
 from nvvl.calib_data.sources import ItemSource
+from nvvl.calib_data.streams import open_dataset
 from nvvl.errors import DataError
 from nvvl.model.hashing import hash_file
 from nvvl.model.prompt import Message
@@ -129,8 +130,6 @@ def read_rows(folder: Path) -> list[Row]:
     Raises:
         DataError: if it is not the one that the manifest names.
     """
-    import datasets
-
     manifest = read_manifest(folder)
     path = folder / TABLE
     try:
@@ -140,8 +139,7 @@ def read_rows(folder: Path) -> list[Row]:
     if found != manifest["files"][TABLE]:
         raise DataError(f"{path}: is not the table that {MANIFEST} names; build the set again")
     # streamed, for reading it as a whole would leave a copy in the user's cache
-    table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    return list(table)
+    return list(open_dataset("parquet", data_files=str(path), split="train"))
 
 
 def built_items(folder: Path) -> list[ItemSource]:

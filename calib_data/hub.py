@@ -17,6 +17,7 @@ from nvvl.calib_data.items import Item
 from nvvl.calib_data.jsonl_files import parse_messages, place_media
 from nvvl.calib_data.source_spec import Hub
 from nvvl.calib_data.sources import ItemSource
+from nvvl.calib_data.streams import open_dataset
 from nvvl.calib_data.text_files import first_words, passage_item
 from nvvl.errors import DataError, first_line
 from nvvl.model.prompt import Message
@@ -57,7 +58,6 @@ def _row_items(source: Hub, rows: Iterator[Mapping[str, Any]]) -> Iterator[ItemS
 
 
 def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
-    import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     files = list(source.data_files)
@@ -70,13 +70,12 @@ def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
                 f"{', '.join(absent) + ' do not' if absent else 'got none'}"
             )
     try:
-        stream = datasets.load_dataset(
+        stream = open_dataset(
             source.dataset,
             source.config,
             split=source.split,
             revision=source.revision,
             data_files=files or None,
-            streaming=True,
         )
         stream = stream.decode(enable=False)
         _check_columns(source, list(stream.column_names or _first_row(stream)))

@@ -8,6 +8,7 @@ between CPU processes. Alone, nothing is set up and every sum is the number itse
 import atexit
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,9 @@ from nvvl.errors import HardwareError, NvvlError, ReportedError
 # The main process may hash and write terabytes while the others wait; one that died is found out by
 # whatever started them.
 _PATIENCE = timedelta(days=1)
+
+# A sharded model holds its group, whose threads are then not joined but have nothing left to do.
+_LAST_WORK_S = 0.2
 
 
 class Processes:
@@ -137,6 +141,7 @@ def _leave() -> None:
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
+        time.sleep(_LAST_WORK_S)
 
 
 def _require_gpus(num_processes: int) -> None:

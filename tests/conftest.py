@@ -4,11 +4,12 @@ Everything is drawn from a seed and a tensor's name, so a fixture gives the same
 test and in whatever order tests run.
 """
 
+import contextlib
 import copy
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
+from nvvl.compiler import load_library
+from nvvl.errors import HardwareError
+from nvvl.model import scan
 from nvvl.model.checkpoint import CheckpointWriter, TensorSpec
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import expected_tensors
 from nvvl.model.safetensors_io import dtype_name
+from nvvl.quantize import kernels
 
 BASE_SPECIALS = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 20))]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
@@ -121,6 +126,22 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 2 and leaf == "weight" and "embeddings" not in name:
         return noise / shape[1] ** 0.5
     return 0.5 * noise
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels before any test process starts, else each does so within a test."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(HardwareError):  # without a compiler, tests say so themselves
+            for source in (kernels._SOURCE, scan._SOURCE):
+                load_library(source)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_for_engines() -> Iterator[None]:
+    """Let tiny engines be built whatever is free; a builder asks for 600 MB at least."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nvvl.export.engine.available_memory", lambda: 2**36)
+        yield
 
 
 @pytest.fixture

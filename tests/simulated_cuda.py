@@ -6,6 +6,7 @@ nothing of speed, of memory, or of kernels: numbers are those of the CPU.
 """
 
 import contextlib
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -174,6 +175,8 @@ class _Stream:
 
 def build_support(folder: Path) -> Path:
     """Compile what a Python process has to be started with, as ``LD_PRELOAD``."""
+    if shutil.which("g++") is None:
+        pytest.fail("no C++ compiler for the simulated GPU; install g++ (Debian: g++)")
     root = Path(torch.__file__).parent
     source, library = folder / "support.cpp", folder / "support.so"
     source.write_text(SUPPORT)

@@ -71,6 +71,20 @@ def test_compiler_may_have_arguments(source: Path, monkeypatch: pytest.MonkeyPat
     assert load_library(source).answer() == 42
 
 
+def test_compiler_that_does_not_end_is_ended_with_all_it_started(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = source.parent / "slow"
+    script.write_text('#!/bin/sh\nsleep 600 &\necho $! > "$(dirname "$0")/child"\nwait\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(compiler, "_TIMEOUT_S", 5)
+    with pytest.raises(HardwareError, match="slow: no result after 5 s"):
+        load_library(source)
+    child = Path("/proc") / (source.parent / "child").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
 @needs_compiler
 def test_unwritable_cache_names_the_way_out(source: Path) -> None:
     (source.parent / "cache").write_text("a file where the folder should be")

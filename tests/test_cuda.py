@@ -39,7 +39,6 @@ from nvvl.tests.simulated_cuda import build_support, simulated_cuda
 SIMULATED = "NVVL_TESTS_SIMULATED_CUDA"
 
 
-@pytest.mark.timeout(900)  # half a minute of CPU time, far more where other work runs
 def test_gpu_paths_on_a_simulated_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"LD_PRELOAD": str(build_support(tmp_path)), SIMULATED: "1"}

@@ -1,6 +1,6 @@
 """Calibration items, and the tiny model quantized with each preset once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.model.prompt import Message
 from nvvl.model.video import Video
+from nvvl.quantize import walk as walk_module
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.walk import quantize_checkpoint
 
@@ -20,6 +21,14 @@ QuantizeTiny = Callable[[str], Path]
 def random_image(seed: int, width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def spare_no_disk() -> Iterator[None]:
+    """Let items be spilled where the disk of temporary files is small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk_module, "_SPARE_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,6 @@ NUM_ITEMS = 5  # uneven over two
 
 Outcome = dict[str, Any]
 
-# three processes import torch and ModelOpt, which takes long where other work runs
-pytestmark = pytest.mark.timeout(900)
-
 
 def content(folder: Path) -> dict[str, Any]:
     """Every file's bytes; the command is the one thing that differs."""

@@ -97,7 +97,6 @@ def count_events(run: Callable[[], object]) -> int:
     return killer.count
 
 
-@pytest.mark.timeout(900)  # half a minute of CPU time, far more where other work runs
 def test_sigkill_at_20_random_points_goes_on_to_the_same_bytes(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from nvvl.errors import DataError
 from nvvl.export.verify import verify
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.reports.curves import write_curves
 from nvvl.reports.depth import measure_depth
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.harness import HarnessOptions, run_tasks
@@ -146,13 +147,14 @@ def open_in_chromium(chromium: str, page: Path, width: int, *task: str) -> tuple
         [
             *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
             *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+            "--disable-dev-shm-usage",  # containers have little of it
             *("--disable-sync", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"),
             *(f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},2400"),
             *(*task, page.as_uri()),
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -321,6 +323,24 @@ def test_tasks_alone_make_every_file(
     card = found.cards["W4"].read_text(encoding="utf-8")
     assert "| acc ↑ | 0.5000 ± 0.1250 | 0.5000 ± 0.1250 |" in card
     assert "generated" not in card
+
+
+def test_cut_requests_and_what_a_sweep_left_out_are_in_every_file(
+    make_harness_run: Callable[..., HarnessRun], published: Publication, tmp_path: Path
+) -> None:
+    checkpoint = Path(published.report.runs[1].model)
+    source, cut = (make_harness_run(x, {"acc": [1.0]}, num_shortened=7) for x in ("BF16", "W4"))
+    sweep = replace(published.report.sweeps[1], notes=("most tiles 6: left out",))
+    write_curves(sweep, tmp_path / "sweep")
+    runs = [source, replace(cut, model=checkpoint)]
+    found = publish(runs, tmp_path / "report", sweeps=[tmp_path / "sweep"])
+    for path in (found.page, found.table, found.cards["W4"]):
+        assert "7 requests cut to --max-length 4096 (raise it)" in path.read_text("utf-8")
+    assert "most tiles 6: left out." in found.page.read_text("utf-8")
+    values = json.loads(found.data.read_text("utf-8"))
+    jsonschema.validate(values, SCHEMA)
+    assert values["tasks"][0]["num_shortened"] == {"BF16": 7, "W4": 7}
+    assert values["sweeps"][0]["notes"] == ["most tiles 6: left out"]
 
 
 def test_each_written_checkpoint_gets_a_card(published: Publication) -> None:

@@ -201,7 +201,8 @@ def read_source(folder: Path) -> Source:
             f"{folder}: config.json has a quantization_config; required the BF16 checkpoint that "
             "it was made from"
         )
-    if list(folder.glob("model*.safetensors")):
+    absent = _absent_shards(folder)
+    if list(folder.glob("model*.safetensors")) and not absent:
         checkpoint = Checkpoint(folder)
         expected = {spec.name: spec.shape for spec in list_tensors(checkpoint.config)}
         found = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -209,12 +210,28 @@ def read_source(folder: Path) -> Source:
         order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file.name, i.start))
         tensors = [TensorSpec(info.name, info.dtype, info.shape) for info in order]
         return Source(config=checkpoint.config, tensors=tensors)
-    return _assume_source(folder, config)
+    return _assume_source(folder, config, absent)
 
 
-def _assume_source(folder: Path, config: VLMConfig) -> Source:
+def _absent_shards(folder: Path) -> list[str]:
+    """List the shards that an index names and that are not here, as in a download's middle."""
+    try:
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        return sorted(
+            name for name in set(index["weight_map"].values()) if not (folder / name).exists()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # what is wrong with the index is said by who reads the tensors
+
+
+def _assume_source(folder: Path, config: VLMConfig, absent: Sequence[str]) -> Source:
     """List the tensors that config.json implies; compare them with the index if there is one."""
-    notes = ["no *.safetensors here: shapes from config.json, dtypes assumed, size not exact"]
+    which = (
+        f"{len(absent)} of the shards are not here, the first {absent[0]}"
+        if absent
+        else "no shards here"
+    )
+    notes = [f"{which}: shapes from config.json, dtypes assumed, size not exact"]
     path = folder / INDEX_NAME
     if not path.exists():
         return Source(config=config, tensors=list_tensors(config), notes=tuple(notes))

@@ -133,6 +133,21 @@ def test_index_without_shards_is_enough(make_checkpoint: MakeCheckpoint, tmp_pat
     assert "says" in plan.source.notes[2]
 
 
+def test_unfinished_download_can_be_planned(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(tmp_path / "source", max_shard_bytes=60_000)
+    shards = sorted(source.glob("*.safetensors"))
+    shards[1].unlink()
+    result = CliRunner().invoke(app, ["plan", str(source), "--format", "nvfp4", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["exact"] is False
+    assert plan["notes"][0].startswith(
+        f"1 of the shards are not here, the first {shards[1].name}: "
+    )
+
+
 def test_config_and_index_give_splits_and_server_rules(config_12b: Path, tmp_path: Path) -> None:
     shutil.copyfile(config_12b / "config.json", tmp_path / "config.json")
     names = {spec.name: "model-00001.safetensors" for spec in read_source(tmp_path).tensors}

@@ -382,7 +382,13 @@ class VLMConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
         _require_object(values, str(path))
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder}: {error}; MODEL must be a checkpoint of this family, with the "
+                "config.json that it was released with"
+            ) from None
 
     def with_shapes(
         self, *, prefix_tokens: int, positions: int, summary_idxs: int = 0

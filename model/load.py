@@ -102,7 +102,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
     if faults:
         raise CheckpointError(
             f"{checkpoint.folder}: {len(faults)} tensors do not fit config.json: "
-            f"{'; '.join(faults)}"
+            f"{'; '.join(faults)}; download it again"
         )
 
 

@@ -264,7 +264,8 @@ def _require_equal(
     ]
     if faults:
         raise CheckpointError(
-            f"{folder}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}"
+            f"{folder}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}; "
+            "download it again"
         )
 
 

@@ -178,7 +178,7 @@ def test_every_misfit_is_listed_in_one_error(
         "4 tensors do not fit config.json: "
         f"{LAYERS}.3.mixer.q_proj.weight is missing; mlp1.0.weight is missing; "
         "mlp1.1.bias is unexpected; "
-        "mlp1.3.weight has shape (64, 64), required (64, 128)"
+        "mlp1.3.weight has shape (64, 64), required (64, 128); download it again"
     )
 
 

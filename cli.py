@@ -46,8 +46,9 @@ class _Verbs(TyperGroup):
             if not _is_out_of_memory(error):
                 raise
             print_error(
-                f"out of memory ({first_line(error)}); use a machine or GPU with more, or --device "
-                "cpu; nvvl quantize keeps within --memory"
+                f"out of memory ({first_line(error)}); use a machine or GPU with more, --device "
+                "cpu, or a smaller --batch for evaluate, sweep and lm-eval; nvvl quantize keeps "
+                "within --memory"
             )
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt as error:

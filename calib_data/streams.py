@@ -16,7 +16,7 @@ def open_dataset(name: str, config: str | None = None, **options: Any) -> Any:
     Raises:
         Exception: whatever the network, the Hub or a builder raises.
     """
-    import datasets
+    import datasets.config
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets.load_dataset(name, config, streaming=True, **options)

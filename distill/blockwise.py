@@ -16,6 +16,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import check_run, run_identity
 from nvvl.distill.train import Execution, Progress, warn_about_rate
-from nvvl.distill.train_folder import LOG_NAME, TrainFolder, hold_train_folder
+from nvvl.distill.train_folder import LOG_NAME, LazyTensors, TrainFolder, hold_train_folder
 from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError, writing
 from nvvl.model.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ from nvvl.model.hashing import hash_file
 from nvvl.model.load import materialize
 from nvvl.model.packing import Packing
 from nvvl.model.processes import Processes
-from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
+from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
@@ -103,6 +104,7 @@ def distill_blockwise(
     Raises:
         RecipeError: if the recipe is not for layers, or what is asked for needs the whole model.
         NvvlError: as `nvvl.distill.train.distill`.
+        KeyboardInterrupt: again, saying how to go on where layers are finished.
     """
     how = execution or Execution()
     processes = how.processes or Processes(how.device)
@@ -116,22 +118,23 @@ def distill_blockwise(
             quantized, trained = staged
             check_run(run, teacher)
             device = torch.device(how.device)
-            data = DistillData.from_set(items, teacher, recipe, seed=seed)
+            data = DistillData.from_set(items, teacher, recipe, seed=seed, progress=how.progress)
             identity = run_identity(run, teacher, recipe, items, data, seed)
             kept = _KeptLayers(
                 folder, identity | describe_arithmetic(device), overwrite=how.overwrite
             )
-            walk = _Walk(run, teacher, recipe, data, seed, device)
-            layers = walk.run(kept, how.progress)
-            record = identity | {"layers": [vars(layer) for layer in layers]}
-            lines = "".join(f"{json.dumps(vars(layer))}\n" for layer in layers)
-            with writing(quantized):
-                (quantized / f"distill_{LOG_NAME}").write_text(lines, encoding="utf-8")
-            weights = kept.weights()
-            write_bf16(teacher, trained, weights, distillation=record, command=how.command)
-            manifest = write_quantized(
-                trained, run, quantized, walk.amaxes, distillation=record, command=how.command
-            )
+            with kept.named_when_interrupted():
+                walk = _Walk(run, teacher, recipe, data, seed, device)
+                layers = walk.run(kept, how.progress)
+                record = identity | {"layers": [vars(layer) for layer in layers]}
+                lines = "".join(f"{json.dumps(vars(layer))}\n" for layer in layers)
+                with writing(quantized):
+                    (quantized / f"distill_{LOG_NAME}").write_text(lines, encoding="utf-8")
+                weights = kept.weights()
+                write_bf16(teacher, trained, weights, distillation=record, command=how.command)
+                manifest = write_quantized(
+                    trained, run, quantized, walk.amaxes, distillation=record, command=how.command
+                )
         kept.discard()
     return BlockwiseResult(manifest, bf16_folder(out), tuple(layers))
 
@@ -312,10 +315,23 @@ class _KeptLayers(TrainFolder):
             self._state["files"][path.name] = hash_file(path)
         self.write(self._state)
 
-    def weights(self) -> "LazyTensors":
+    def weights(self) -> LazyTensors:
         """Return the weights of all layers, read when they are used."""
         headers = [read_header(self.folder / _file_name(name)) for name in self._state["layers"]]
         return LazyTensors({name: info for header in headers for name, info in header.items()})
+
+    @contextmanager
+    def named_when_interrupted(self) -> Iterator[None]:
+        """Let an interruption say where finished layers are kept, if there are any."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self._state["layers"]:
+                raise
+            raise KeyboardInterrupt(
+                f"interrupted; the finished layers are kept in {self.folder}, and the same command "
+                "goes on from there"
+            ) from None
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise KeyError, TypeError or ValueError where a state has no layers."""
@@ -325,19 +341,3 @@ class _KeptLayers(TrainFolder):
 
 def _file_name(layer: str) -> str:
     return f"layer-{int(layer.rpartition('.')[2]):05}.safetensors"
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors of files, read when they are used."""
-
-    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
-        self._infos = infos
-
-    def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self._infos[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)

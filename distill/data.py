@@ -23,8 +23,9 @@ from nvvl.calib_data.items import Item, naming_item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.split import permutation, split_items
-from nvvl.distill.survey import hash_items, survey_set
+from nvvl.distill.survey import Progress, hash_items, survey_set
 from nvvl.errors import DataError
+from nvvl.model.processes import Processes
 from nvvl.model.processor import ModelInputs, Processor
 
 
@@ -122,9 +123,10 @@ class DistillData:
         recipe: DistillRecipe,
         *,
         seed: int,
-        share: tuple[int, int] = (0, 1),
+        processes: Processes | None = None,
         check: Callable[[Item], None] | None = None,
         keep_together: bool = True,
+        progress: Progress | None = None,
     ) -> Self:
         """Read a set through and split it, for the model of a folder.
 
@@ -133,16 +135,21 @@ class DistillData:
             model: Whose processor is used.
             recipe: As in the class itself.
             seed: As above.
-            share: As above.
+            processes: Those that share the items, in this pass as in training; None for this one
+                alone.
             check: As above.
             keep_together: Whether items that share a picture are on one side of the split; where
                 nothing is trained that does not matter.
+            progress: Called on the main process after each item.
 
         Raises:
             DataError: as the class itself, or if items cannot be read or used: those of a long
                 training are met before it, all at once.
+            ReportedError: on other processes than the main one, in place of any error.
         """
-        processor = Processor.from_folder(model)
+        processes = processes or Processes("cpu", join=False)
+        with processes.agreed():
+            processor = Processor.from_folder(model)
         num_answers = 0
 
         def look(item: Item) -> None:
@@ -155,19 +162,23 @@ class DistillData:
                 raise _mute(item)
             num_answers += answered or not (item.images or item.videos)
 
-        found = survey_set(items, look)
-        data = cls(
-            items.items,
-            processor,
-            recipe,
-            seed=seed,
-            groups=found.groups if keep_together else (),
-            share=share,
-            check=check,
-        )
-        held_out = (items.items[index] for index in data.validation)
-        data.sha256 = found.sha256 or hash_items(held_out)
-        data.num_answers = num_answers if found.sha256 else len(items.items)
+        found = survey_set(items, look, processes=processes, progress=progress)
+        with processes.agreed():
+            data = cls(
+                items.items,
+                processor,
+                recipe,
+                seed=seed,
+                groups=found.groups if keep_together else (),
+                share=(processes.index, processes.count),
+                check=check,
+            )
+        if found.sha256 is None:
+            data.num_answers = len(items.items)
+            data.sha256 = hash_items(items, data.validation, processes=processes, progress=progress)
+        else:
+            data.num_answers = sum(processes.gather(num_answers))
+            data.sha256 = found.sha256
         return data
 
     def require_answers(self) -> None:

@@ -108,13 +108,13 @@ class Optimizer:
         return tensors | self._amaxes()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the masters and input amaxes, as `state_tensors`."""
+        """Return the masters and input amaxes, as `state_tensors`, in memory of their own."""
         weights: dict[str, Tensor] = {}
         for name, master in self._student.masters.items():
             whole = to_whole(master.detach(), self._student.parameter(name))
             if self._processes.is_main:
-                weights[name] = whole.cpu()
-        return weights | self._amaxes()
+                weights[name] = whole.to("cpu", copy=True)
+        return weights | {name: amax.clone() for name, amax in self._amaxes().items()}
 
     def state_shapes(self, *, started: bool) -> dict[str, tuple[int, ...]]:
         """Return name and shape of what `state_tensors` gives, once ``started`` with moments."""
@@ -134,7 +134,22 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], *, num_steps: int) -> None:
-        """Go on from what `state_tensors` gave after ``num_steps``."""
+        """Go on from what `state_tensors` gave after ``num_steps``.
+
+        Args:
+            tensors: Used one after the other, so that they may be read from a file meanwhile.
+            num_steps: Taken until then.
+
+        Raises:
+            CheckpointError: if a file became shorter meanwhile.
+            SourceError: if the system cannot read it.
+            ReportedError: on other processes than the main one, in place of these.
+        """
+        with self._processes.agreed():
+            self._copy_state(tensors, num_steps)
+        self._student.refresh()
+
+    def _copy_state(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         self.num_steps = num_steps
         for name, master in self._student.masters.items():
             parameter = self._student.parameter(name)
@@ -144,14 +159,13 @@ class Optimizer:
 
             master.copy_(part("master"))
             if num_steps:
-                moments = {key: part(key).to(master.device).clone() for key in _MOMENTS}
+                moments = {key: torch.empty_like(master).copy_(part(key)) for key in _MOMENTS}
                 step = torch.tensor(float(num_steps), device=master.device)
                 self._adam.state[master] = {"step": step, **moments}
             if self.average:
                 self.average[name].copy_(part("average"))
         for fqn, amax in self._student.amaxes.items():
             amax.copy_(tensors[f"{INPUT_AMAX}{fqn}"])
-        self._student.refresh()
 
     @torch.no_grad()
     def _swap(self) -> None:

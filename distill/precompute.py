@@ -42,7 +42,7 @@ def precompute_logits(
         seed: Of the split, which is only checked here.
         device: Where the teacher runs.
         overwrite: Replace an earlier output.
-        progress: Called after each group of items.
+        progress: Called after each item that is looked through, then after each group of items.
 
     Returns:
         Positions written.
@@ -56,7 +56,9 @@ def precompute_logits(
     sources = [teacher, *items.files]
     with staged_folder(out, sources=sources, overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)
-        data = DistillData.from_set(items, teacher, recipe, seed=seed, keep_together=False)
+        data = DistillData.from_set(
+            items, teacher, recipe, seed=seed, keep_together=False, progress=progress
+        )
         data.require_answers()
         model = load_model(teacher, device=device)
         prepare = Preparer(model, recipe, device=device)

@@ -119,7 +119,7 @@ def rotate(
         checkpoint = Checkpoint(source)
         _require_blocks(checkpoint.config)
         device = torch.device(device)
-        data = DistillData.from_set(items, source, recipe, seed=seed)
+        data = DistillData.from_set(items, source, recipe, seed=seed, progress=report)
         model = load_model(source, device=device)
         prepare = Preparer(model, recipe, device=device)
         sensitivities = measure_sensitivity(model, _prepared(data, prepare, report), seed=seed)

@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nvvl.distill.train_folder import LOG_NAME, TrainFolder
+from nvvl.distill.train_folder import LOG_NAME, LazyTensors, TrainFolder
 from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.hashing import hash_file
-from nvvl.model.safetensors_io import read_header, read_tensor
+from nvvl.model.safetensors_io import TensorInfo, read_header, torch_dtypes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -124,19 +123,23 @@ class StateFolder(TrainFolder):
         """
         return Standing(**self.read()["standing"])
 
-    def load(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the saved state.
+    def load(self, shapes: Shapes, *, check_bytes: bool = True) -> LazyTensors:
+        """Return the saved state, each tensor read when it is used.
 
         Args:
             shapes: Of exactly the tensors there must be, all float32.
+            check_bytes: Hash the file. Of several processes one is enough.
 
         Raises:
             CheckpointError: if a file changed, or a tensor is missing, unexpected or misshapen.
         """
-        return self._read_tensors(f"step-{self.standing().step:06}.safetensors", shapes)
+        name = f"step-{self.standing().step:06}.safetensors"
+        if check_bytes:
+            self.require_unchanged(name, self.read())
+        return self._open_tensors(name, shapes)
 
-    def load_best(self, step: int, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the best weights.
+    def load_best(self, step: int, shapes: Shapes) -> LazyTensors:
+        """Return the best weights, each read when it is used.
 
         Args:
             step: At which they were validated.
@@ -145,7 +148,8 @@ class StateFolder(TrainFolder):
         Raises:
             CheckpointError: as `load`, or if those that are kept are of another step.
         """
-        return self._read_tensors(_best_name(step), shapes)
+        self.require_unchanged(_best_name(step), self.read())
+        return self._open_tensors(_best_name(step), shapes)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to the log.
@@ -173,24 +177,23 @@ class StateFolder(TrainFolder):
         """Raise KeyError, TypeError or ValueError where a state has no standing."""
         Standing(**state["standing"])
 
-    def _read_tensors(self, name: str, shapes: Shapes) -> dict[str, Tensor]:
-        path = self.require_unchanged(name, self.read())
-        tensors = {key: read_tensor(info) for key, info in read_header(path).items()}
-        _require_fit(path, tensors, shapes)
-        return tensors
+    def _open_tensors(self, name: str, shapes: Shapes) -> LazyTensors:
+        header = read_header(self.folder / name)
+        _require_fit(self.folder / name, header, shapes)
+        return LazyTensors(header)
 
 
 def _best_name(step: int) -> str:
     return f"best-{step:06}.safetensors"
 
 
-def _require_fit(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
-    faults = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
-    faults += [f"{name} is unexpected" for name in tensors.keys() - shapes.keys()]
+def _require_fit(path: Path, header: Mapping[str, TensorInfo], shapes: Shapes) -> None:
+    faults = [f"{name} is missing" for name in shapes.keys() - header.keys()]
+    faults += [f"{name} is unexpected" for name in header.keys() - shapes.keys()]
     faults += [
-        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, required float32 {shapes[name]}"
-        for name, tensor in tensors.items()
-        if name in shapes and (tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes[name])
+        f"{name} is {torch_dtypes()[info.dtype]} {info.shape}, required float32 {shapes[name]}"
+        for name, info in header.items()
+        if name in shapes and (info.dtype != "F32" or info.shape != shapes[name])
     ]
     if faults:
         raise CheckpointError(f"{path}: the state does not fit: {'; '.join(sorted(faults))}")

@@ -90,7 +90,7 @@ class Execution:
         tensorboard: Folder to write TensorBoard events to.
         overwrite: Replace earlier outputs, and discard an unfinished run that cannot be gone on
             with.
-        progress: Called after each step.
+        progress: Called after each item that is looked through, then after each step.
         command: The command line, for the manifest.
     """
 
@@ -182,14 +182,16 @@ def _distill_held(
             logits = None
             if how.logits is not None:
                 logits = StoredLogits(how.logits, logits_identity(teacher, recipe, items))
-            data = DistillData.from_set(
-                items,
-                teacher,
-                recipe,
-                seed=seed,
-                share=(processes.index, processes.count),
-                check=None if logits is None else logits.check,
-            )
+        data = DistillData.from_set(
+            items,
+            teacher,
+            recipe,
+            seed=seed,
+            processes=processes,
+            check=None if logits is None else logits.check,
+            progress=how.progress,
+        )
+        with processes.agreed():
             data.require_answers()
             identity: dict[str, Any] = {}
             if processes.is_main:
@@ -404,7 +406,7 @@ class Trainer:
         with self._processes.agreed():
             standing = self._state.standing()
             shapes = self.optimizer.state_shapes(started=standing.step > 0)
-            tensors = self._state.load(shapes)
+            tensors = self._state.load(shapes, check_bytes=self._processes.is_main)
             if self._processes.is_main:
                 self._state.trim_log(standing.step)
         self.optimizer.load_state(tensors, num_steps=standing.step)
@@ -412,8 +414,8 @@ class Trainer:
 
     def _begin(self) -> Standing:
         loss = self.validate(step=0)
-        standing = Standing(step=0, start_loss=loss)
-        self._save(standing, loss)
+        standing = Standing(step=0, start_loss=loss, best_loss=loss)
+        self._save(standing, self.optimizer.weights())
         with self._processes.agreed():
             if self._processes.is_main:
                 self._state.trim_log(-1)
@@ -433,19 +435,15 @@ class Trainer:
                         f"weights are kept in {self._state.folder}; lower learning_rate and start "
                         "again with --overwrite"
                     )
-            weights = {n: t.clone() for n, t in self.optimizer.weights().items()}
-        self._save(standing, loss, weights)
+            best_weights = self.optimizer.weights() if standing.add(loss) else None
+        self._save(standing, best_weights)
         return loss
 
-    def _save(
-        self, standing: Standing, loss: float, weights: dict[str, torch.Tensor] | None = None
-    ) -> None:
-        is_best = standing.add(loss)
+    def _save(self, standing: Standing, best_weights: dict[str, torch.Tensor] | None) -> None:
         state = self.optimizer.state_tensors()  # all processes together
-        weights = self.optimizer.weights() if weights is None else weights
         with self._processes.agreed():
             if self._processes.is_main:
-                self._state.save(standing, state, weights if is_best else None)
+                self._state.save(standing, state, best_weights)
 
     def _in_turns(self, batches: Sequence[_T]) -> Iterator[tuple[_T, int]]:
         """Give batches, each with a 1; then the last again with a 0, while others still have some.

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import nvvl
 from nvvl.distill.recipe import Method
 from nvvl.errors import CheckpointError, OutputError, writing
 from nvvl.model.hashing import hash_file
+from nvvl.model.safetensors_io import TensorInfo, read_tensor
 from nvvl.quantize.manifest import library_versions
 from nvvl.quantize.staging import locked
 
@@ -180,3 +183,22 @@ class TrainFolder:
                 f"{self.folder}: holds a run with another {', '.join(differing)}; give the same "
                 "settings to go on with it, pass --overwrite to discard it, or choose another OUT"
             )
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of files, read anew each time they are used; that raises as `read_tensor`."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self._infos = infos
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_tensor(self._infos[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos  # a mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvvl.model.config import LanguageConfig
+from nvvl.model.mamba_kernels import pick_kernels
 from nvvl.model.packing import Packing
 from nvvl.model.products import Linear, product_dtype
 from nvvl.model.scan import CHUNK, pick_scan
@@ -223,8 +224,8 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the Mamba2 recurrence over T tokens in chunks.
 
-    A GPU takes all chunks at once; a CPU takes shorter chunks, and ``CPU_SPAN`` tokens at once, or
-    runs `nvvl.model.scan`.
+    A GPU takes all chunks at once, or runs `nvvl.model.mamba_kernels`; a CPU takes shorter chunks,
+    and ``CPU_SPAN`` tokens at once, or runs `nvvl.model.scan`.
 
     ``state_t = exp(dt_t a) state_(t-1) + dt_t x_t b_t^T`` and ``y_t = state_t c_t + d x_t``.
 
@@ -247,6 +248,9 @@ def ssm_scan(
     compiled = pick_scan(x, dt, b, c, state) if chunk == CHUNK else None  # packed rows or not
     if compiled is not None:
         return compiled(x, dt, a, b, c, d, state, keep=keep)
+    kernels = pick_kernels(x, b, c, chunk)
+    if kernels is not None:
+        return kernels(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:
         return scan_chunks(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     outputs = []

@@ -32,6 +32,7 @@ from nvvl.compiler import describe_cpu
 from nvvl.errors import CheckpointError, OutputError, reading, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.hashing import hash_file
+from nvvl.model.mamba_kernels import allowed_kernels
 from nvvl.model.products import has_bf16_units
 from nvvl.model.scan import allowed_scan
 from nvvl.quantize.manifest import TensorRecord, library_versions
@@ -217,7 +218,8 @@ def describe_arithmetic(device: torch.device) -> dict[str, str]:
     Libraries and compiled kernels sum in another order on another processor, of the same class too.
     """
     if device.type == "cuda":
-        return {"GPU": torch.cuda.get_device_name(device)}
+        scan = "torch" if allowed_kernels() is None else "mamba-ssm"
+        return {"GPU": torch.cuda.get_device_name(device), "Mamba2 scan": scan}
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
         "processor model": _name_cpu(),

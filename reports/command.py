@@ -109,7 +109,7 @@ def sweep(
         list[float] | None,
         typer.Option(
             help="Pruning rate, or most tiles; may be given several times. "
-            "Else 0, 0.25, 0.5, 0.75, 0.9 and 1, 4, 6, 12."
+            "Else 0, 0.25, 0.5, 0.75, 0.9 and 1, 4, 6, 12; limits that change no tile are left out."
         ),
     ] = None,
     items: Annotated[

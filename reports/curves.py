@@ -76,6 +76,7 @@ class Sweep:
         points: by suite, model and value, in this order.
         machine: what the times were taken on.
         num_timed: questions that were timed.
+        notes: values that were left out, and what no value changes, in words.
     """
 
     kind: SweepKind
@@ -87,6 +88,7 @@ class Sweep:
     dtype: str
     machine: str
     nvvl_version: str
+    notes: tuple[str, ...] = ()
 
     @property
     def subjects(self) -> set[str]:
@@ -146,7 +148,8 @@ def load_sweep(path: Path) -> Sweep:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["kind"] not in get_args(SweepKind):
             raise ValueError(f"kind {values['kind']!r}")
-        return Sweep(**{**values, "points": tuple(map(_read_point, values["points"]))})
+        points, notes = map(_read_point, values["points"]), values.get("notes", ())
+        return Sweep(**{**values, "points": tuple(points), "notes": tuple(notes)})
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:

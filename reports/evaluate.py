@@ -32,7 +32,7 @@ from nvvl.model.processor import Processor
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.load import load_any
 from nvvl.quantize.staging import locked
-from nvvl.reports.journal import Journal
+from nvvl.reports.journal import Journal, keeping_answers
 from nvvl.reports.measure import Panel, Response
 from nvvl.reports.metrics import (
     METRICS,
@@ -141,6 +141,7 @@ def evaluate(
             checkpoints do not take the same tokens and pixels.
         OutputError: if a run's folder holds something else, or another run is writing there.
         ConfigError, CheckpointError: if a checkpoint cannot be loaded, or the teacher is quantized.
+        KeyboardInterrupt: again, saying how to go on.
     """
     options = options or Options()
     if not suites or not candidates:
@@ -158,6 +159,7 @@ def evaluate(
     with ExitStack() as held:
         for candidate in candidates:
             held.enter_context(locked(Path(candidate.out)))
+        held.enter_context(keeping_answers(*(Path(candidate.out) for candidate in candidates)))
         teacher_sha256 = None if teacher is None else fingerprint(Path(teacher))
         journals = [
             _open_journal(candidate, suites, options, teacher_sha256, overwrite)

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from nvvl.reports.harness_run import (
     TaskResult,
 )
 from nvvl.reports.harness_store import HarnessStore
+from nvvl.reports.journal import keeping_answers
 from nvvl.reports.run import describe_model, fingerprint
 
 if TYPE_CHECKING:
@@ -117,11 +119,12 @@ def run_tasks(
         OutputError: if the folder holds results of other settings, or another run is writing
             there.
         ConfigError, CheckpointError: if the checkpoint cannot be loaded.
+        KeyboardInterrupt: again, saying how to go on.
     """
     require_lm_eval()
     options = options or HarnessOptions()
     manager = _open_tasks(tasks, tasks_folder)
-    with locked(out):
+    with locked(out), keeping_answers(out):
         store = HarnessStore.open(
             _new_run(folder, out, options, tasks_folder, label), overwrite=overwrite
         )
@@ -132,7 +135,9 @@ def run_tasks(
             if missing:
                 model = _load_model(folder, out, options, store.run.label, progress)
                 for task in missing:
-                    store.finish(task, *_run_task(model, loaded[task], options))
+                    results, items = _run_task(model, loaded[task], options)
+                    store.finish(task, results, items)
+                    _say_what_was_cut(task, results, options)
         return store.run.select(tasks)
 
 
@@ -261,7 +266,7 @@ def _run_task(
     """Run one task, or the tasks of a group; return results and, by task, scores of the items."""
     from lm_eval.evaluator import evaluate
 
-    before = model.num_shortened
+    before = model.num_shortened.copy()
     found: Any = evaluate(
         model,
         loaded,
@@ -272,6 +277,17 @@ def _run_task(
         bootstrap_iters=_BOOTSTRAP_DRAWS,
     )
     return read_output(found, loaded["tasks"], num_shortened=model.num_shortened - before)
+
+
+def _say_what_was_cut(task: str, results: Sequence[TaskResult], options: HarnessOptions) -> None:
+    """Say on stderr of how many requests of a task the model did not see the beginning."""
+    count = sum(result.num_shortened for result in results if result.num_items is not None)
+    if count:
+        print(
+            f"{task}: {count:,} requests lost their beginning to --max-length "
+            f"{options.max_length}, and the scores are of what was left; raise --max-length",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

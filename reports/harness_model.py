@@ -11,6 +11,7 @@ run that goes on forms the batches it would have formed, and so gets the numbers
 Shapes: B requests, T tokens, N scored tokens of the batch, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     """A loaded checkpoint that answers the harness's requests.
 
     Attributes:
-        num_shortened: requests that were longer than ``max_length``.
+        num_shortened: requests that were longer than ``max_length``, by task.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         self.batch_size = batch_size
         self.max_length = max_length
         self.progress = progress
-        self.num_shortened = 0
+        self.num_shortened: Counter[str | None] = Counter()
         language = model.config.language
         self._stop_ids = list(language.eos_token_ids)
         start = language.bos_token_id
@@ -91,7 +92,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return log-likelihood of each continuation, and whether greedy decoding writes it."""
-        pairs = [self._encode_pair(*request.args) for request in requests]
+        pairs = [self._encode_pair(request) for request in requests]
         found = self._answer("loglikelihood", requests, pairs, self._score, len_of=_num_ids)
         return [(float(nats), bool(is_greedy)) for nats, is_greedy in found]
 
@@ -111,8 +112,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         Raises:
             DataError: if a task asks for sampling, or for answers longer than a request.
         """
-        every: list[tuple[Any, ...]] = [request.args for request in requests]
-        prompts = [self._encode_prompt(context, settings) for context, settings in every]
+        prompts = [self._encode_prompt(request) for request in requests]
         found = self._answer(
             "generate_until", requests, prompts, self._write, len_of=lambda prompt: len(prompt[0])
         )
@@ -166,25 +166,27 @@ class HarnessModel(LM):  # type: ignore[misc]
         ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _encode_pair(self, context: str, continuation: str) -> _Scored:
+    def _encode_pair(self, request: Instance) -> _Scored:
         """Encode both as one text, but an answer apart from the opening of its turn.
 
         Spaces between them belong to the continuation.
         """
+        context, continuation = request.arguments
         if context.endswith(_OPENINGS):
-            return self._shorten(self._encode(context), self._encode(continuation))
+            before, after = self._encode(context), self._encode(continuation)
+            return self._shorten(request, before, after)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         before = self._encode(bare)
         after = self._encode(bare + continuation)[len(before) :]
-        return self._shorten(before or [self._start_id], after)
+        return self._shorten(request, before or [self._start_id], after)
 
-    def _shorten(self, before: list[int], after: list[int]) -> _Scored:
+    def _shorten(self, request: Instance, before: list[int], after: list[int]) -> _Scored:
         """Keep the last tokens that fit; at least one stands before what is scored."""
         if not after:
             raise DataError("lm-eval: a request has an empty continuation; nothing can be scored")
         if len(before) + len(after) > self.max_length:
-            self.num_shortened += 1
+            self.num_shortened[request.task_name] += 1
         ids = (before + after)[-self.max_length :]
         return _Scored(ids, min(len(after), len(ids) - 1))
 
@@ -238,10 +240,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         ends = [sum(counts[: place + 1]) for place in range(len(counts))]
         return [sum(nats[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
-    def _encode_prompt(
-        self, context: str, values: dict[str, Any]
-    ) -> tuple[list[int], GenerationSettings]:
+    def _encode_prompt(self, request: Instance) -> tuple[list[int], GenerationSettings]:
         """Encode a prompt, and keep the end of it that leaves room for the longest answer."""
+        context, values = request.arguments
         settings = GenerationSettings.read(values)
         room = self.max_length - settings.max_new_tokens
         if room < 1:
@@ -250,7 +251,8 @@ class HarnessModel(LM):  # type: ignore[misc]
                 f"{self.max_length}; raise --max-length"
             )
         ids = self._encode(context) or [self._start_id]
-        self.num_shortened += len(ids) > room
+        if len(ids) > room:
+            self.num_shortened[request.task_name] += 1
         return ids[-room:], settings
 
     def _write(self, batch: Sequence[tuple[list[int], GenerationSettings]]) -> list[str]:

@@ -16,14 +16,14 @@ from nvvl.reports.tasks import AGGREGATIONS
 
 
 def read_output(
-    found: Mapping[str, Any], tasks: Mapping[str, Any], *, num_shortened: int
+    found: Mapping[str, Any], tasks: Mapping[str, Any], *, num_shortened: Mapping[str | None, int]
 ) -> tuple[list[TaskResult], dict[str, tuple[ItemScores, ...]]]:
     """Return results, and scores of items by task.
 
     Args:
         found: what ``lm_eval.evaluator.evaluate`` returned, with its samples.
         tasks: the harness's tasks that were run, by name, without their groups.
-        num_shortened: requests that were too long.
+        num_shortened: requests that were too long, by task.
     """
     results, items = [], {}
     for name, values in found["results"].items():
@@ -36,13 +36,22 @@ def read_output(
             num_items=None if counts is None else counts["effective"],
             num_fewshot=found["n-shot"].get(name),
             version=None if label is None else str(label),
-            num_shortened=num_shortened,
+            num_shortened=_count_shortened(name, num_shortened, found["group_subtasks"]),
             metrics=tuple(_read_metrics(values, directions, _name_aggregations(task))),
         )
         results.append(result)
         if task is not None:
             items[name] = _read_items(result, found["samples"][name])
     return results, items
+
+
+def _count_shortened(
+    name: str, counts: Mapping[str | None, int], members: Mapping[str, Sequence[str]]
+) -> int:
+    """Return the count of a task, or the sum of a group."""
+    return counts.get(name, 0) + sum(
+        _count_shortened(member, counts, members) for member in members.get(name, ())
+    )
 
 
 def _name_aggregations(task: Any) -> Mapping[str, str | None]:

@@ -91,7 +91,8 @@ class TaskResult:
         num_items: items asked; None for a group.
         num_fewshot: examples before each question; None for a group of tasks that differ in it.
         version: of the task.
-        num_shortened: requests that were longer than ``max_length``, of this call's tasks.
+        num_shortened: requests that lost their beginning, as they were longer than
+            ``max_length``.
     """
 
     task: str

@@ -52,7 +52,7 @@ def make_task_rows(
     return [
         TaskRows(
             task=task.task,
-            about=_describe(task),
+            about=_describe(task, labels),
             rows=tuple(
                 row for metric in task.metrics for row in _make_rows(metric, labels, baseline)
             ),
@@ -86,15 +86,26 @@ def describe_harness(tasks: Sequence[TaskComparison]) -> str:
     return f"lm-evaluation-harness {', '.join(versions)}"
 
 
-def _describe(task: TaskComparison) -> str:
+def _describe(task: TaskComparison, labels: Sequence[str]) -> str:
     first = "" if task.limit is None else "first "
     parts = [
         "a group of tasks" if task.num_items is None else f"{first}{task.num_items:,} items",
         None if task.num_fewshot is None else f"{task.num_fewshot}-shot",
         "chat template" if task.chat else None,
         None if task.version is None else f"version {task.version}",
+        _describe_cut(task, labels),
     ]
     return ", ".join(part for part in parts if part is not None)
+
+
+def _describe_cut(task: TaskComparison, labels: Sequence[str]) -> str | None:
+    """Say how many requests some models did not see whole; None if they saw all."""
+    counts = [task.num_shortened[label] for label in labels if label in task.num_shortened]
+    least, most = min(counts), max(counts)
+    if not most:
+        return None
+    count = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{count} requests cut to --max-length {task.max_length} (raise it)"
 
 
 def _make_rows(

@@ -6,7 +6,8 @@ half a line, which reading drops; a window of which only a part was kept is aske
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ def _describe_difference(present: Settings, asked: Settings) -> str | None:
 def _holds_tasks_alone(out: Path) -> bool:
     """Tell whether a folder is empty but for results of the harness, which may lie there too."""
     return {path.name for path in out.iterdir()} <= {RESULTS_NAME, ITEMS_NAME, RESPONSES_NAME}
+
+
+@contextmanager
+def keeping_answers(*folders: Path) -> Iterator[None]:
+    """Let an interrupt say that the answers there are in some folders are kept.
+
+    Raises:
+        KeyboardInterrupt: again, saying how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the answers so far are kept in {', '.join(map(str, folders))}, and the "
+            "same command goes on from there"
+        ) from None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """Accuracy against speed while one setting changes: how much of a video, or of a page, is shown.
 
 `evs`    Efficient Video Sampling drops 0, 25, 50, 75 and 90 % of the image tokens of each video.
-`tiles`  An image is cut into at most 1, 4, 6 and 12 tiles.
+`tiles`  An image is cut into at most 1, 4, 6 and 12 tiles; a limit under which every image has the
+         tiles of another limit asks nothing new, and is left out.
 
 Every point is a run of its own, a folder ``OUT/LABEL/KIND-VALUE`` with every answer, so a sweep
 that was interrupted goes on, and any two points can be compared by ``nvvl report``. Times are taken
@@ -11,17 +12,23 @@ The paper's own table of EVS (arXiv 2511.03929, figure 4) has the same columns, 
 GPU; the generated videos have 4 to 8 frames.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import nvvl
+from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
+from nvvl.model.config import VLMConfig
 from nvvl.model.processor import Processor
+from nvvl.model.tiling import choose_grid
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals, paired_difference
 from nvvl.reports.curves import Point, Speed, Sweep, SweepKind, require_replaceable, write_curves
 from nvvl.reports.evaluate import Candidate, Options, ProgressCallback, evaluate
+from nvvl.reports.journal import keeping_answers
 from nvvl.reports.question import prepare_question
 from nvvl.reports.run import RunResult
 from nvvl.reports.suites import Suite, find_suites
@@ -64,9 +71,11 @@ def run_sweep(
         progress: called as `evaluate` does.
 
     Raises:
-        DataError: if a suite has no videos to prune, or a value is out of range or given twice.
+        DataError: if a suite has no videos to prune, a value is out of range or given twice, or
+            images have the same tiles under all limits.
         OutputError: if curves of other models or suites are there, and as `evaluate` does.
         ConfigError, CheckpointError: as `evaluate` does.
+        KeyboardInterrupt: again, saying how to go on.
     """
     suites = suites or find_suites(SUITES_OF[kind])
     values = values or VALUES[kind]
@@ -75,9 +84,18 @@ def run_sweep(
     subjects = (*candidates, *(suite.name for suite in suites))
     require_replaceable(kind, out, subjects, overwrite=overwrite)
     options = replace(options, gate_items=0)
-    runs = _run_all(kind, candidates, out, options, suites, values, teacher, overwrite, progress)
+    notes: tuple[str, ...] = ()
+    if kind == "tiles":
+        tile_size = VLMConfig.from_folder(next(iter(candidates.values()))).image_size
+        values, notes = _leave_out_equals(suites, options, values, tile_size)
+        for note in notes:
+            print(note, file=sys.stderr)
     num_timed = min(num_timed, options.num_items)
-    speeds = _time_all(kind, candidates, options, suites, values, num_timed, num_new_tokens)
+    with keeping_answers(out):
+        runs = _run_all(
+            kind, candidates, out, options, suites, values, teacher, overwrite, progress
+        )
+        speeds = _time_all(kind, candidates, options, suites, values, num_timed, num_new_tokens)
     sweep = Sweep(
         kind=kind,
         metrics={suite.name: suite.metric for suite in suites},
@@ -93,9 +111,55 @@ def run_sweep(
         dtype=str(options.dtype).removeprefix("torch."),
         machine=describe_machine(options.device),
         nvvl_version=nvvl.__version__,
+        notes=notes,
     )
     write_curves(sweep, out)
     return sweep
+
+
+def _leave_out_equals(
+    suites: Sequence[Suite], options: Options, limits: Sequence[float], tile_size: int
+) -> tuple[list[float], tuple[str, ...]]:
+    """Return the limits that give other tiles than those before, and notes of what stays equal."""
+    grids = {
+        suite.name: [
+            [_choose_grids(item, tile_size, int(limit)) for limit in limits]
+            for item in suite.items(options.num_items, seed=options.seed)
+        ]
+        for suite in suites
+    }
+    alike: dict[object, list[float]] = {}
+    columns = zip(*chain.from_iterable(grids.values()), strict=True)
+    for limit, column in zip(limits, columns, strict=True):
+        alike.setdefault(column, []).append(limit)
+    if len(alike) == 1 < len(limits):
+        raise DataError(
+            f"sweep tiles: required limits that differ, got {_join(limits)}, under which every "
+            f"image has the same tiles of {tile_size} px; give others with --value, or another "
+            "--suite"
+        )
+    notes = [
+        f"most tiles {_join(others)}: left out, every image has the same tiles as under {first:g}"
+        for first, *others in alike.values()
+        if others
+    ]
+    if len(alike) > 1:
+        for name, rows in grids.items():
+            num_equal = sum(len(set(row)) == 1 for row in rows)
+            if num_equal:
+                share = f"{num_equal:,} of {len(rows):,} items"
+                notes.append(f"{name}: {share} have the same tiles under every limit")
+    return [first for first, *_ in alike.values()], tuple(notes)
+
+
+def _choose_grids(item: Item, tile_size: int, limit: int) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        choose_grid(*image.size, tile_size=tile_size, max_num_tiles=limit) for image in item.images
+    )
+
+
+def _join(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _run_all(

@@ -15,7 +15,7 @@ def sweep_table(sweep: Sweep) -> Table:
     )
     table = Table(
         title=title,
-        caption="brackets: 95 % intervals; of times: quartiles",
+        caption="\n".join((*sweep.notes, "brackets: 95 % intervals; of times: quartiles")),
         box=box.SIMPLE_HEAD,
     )
     setting = "EVS rate" if sweep.kind == "evs" else "most tiles"

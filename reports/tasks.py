@@ -103,6 +103,7 @@ class TaskComparison:
         limit: first items that were asked; None for all.
         chat: whether prompts were put into the model's chat template.
         max_length: most tokens of a request.
+        num_shortened: requests that were longer and lost their beginning, by label.
         dtype: of the computation.
         outs: folder of the results, by label.
     """
@@ -114,6 +115,7 @@ class TaskComparison:
     limit: int | None
     chat: bool
     max_length: int
+    num_shortened: Mapping[str, int]
     dtype: str
     lm_eval_version: str
     outs: Mapping[str, str]
@@ -201,6 +203,7 @@ def _compare_task(entries: Mapping[str, _Entry], baseline: str) -> TaskCompariso
     return TaskComparison(
         task=first.result.task,
         num_items=first.result.num_items,
+        num_shortened={label: entry.result.num_shortened for label, entry in entries.items()},
         outs={label: str(entry.run.out) for label, entry in entries.items()},
         metrics=tuple(
             TaskMetric(

@@ -1,4 +1,4 @@
-"""What a user can give `nvvl quantize` that it cannot use: one line each, exit 2, nothing written."""
+"""What `nvvl quantize` cannot use: one line each, exit 2, and nothing is written."""
 
 import json
 import math

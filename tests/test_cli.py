@@ -164,7 +164,9 @@ def test_too_little_memory_is_one_line_and_exit_2(
         raise error
 
     monkeypatch.setattr("nvvl.model.load.resolve_model", fail)
-    assert_user_error(run("path", "embedded"), "out of memory (", "--device cpu")
+    assert_user_error(
+        run("path", "embedded"), "out of memory (", "--device cpu", "a smaller --batch for"
+    )
 
 
 def test_interrupt_is_one_line_and_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:

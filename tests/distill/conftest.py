@@ -2,11 +2,15 @@
 
 import json
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +19,7 @@ from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.model.load import load_model
+from nvvl.model.processes import Processes
 from nvvl.model.prompt import Message
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.presets import PRESETS
@@ -124,3 +129,36 @@ class LiveMemory(TorchDispatchMode):
 def live_memory() -> type[LiveMemory]:
     """Return a context that counts the bytes made in it."""
     return LiveMemory
+
+
+class ThreadProcess(Processes):
+    """One of two threads that stand for processes; real ones are in test_processes.py."""
+
+    def __init__(self, index: int, rows: list[Tensor], meet: Barrier) -> None:
+        super().__init__("cpu", join=False)
+        self.index, self.count = index, 2
+        self._rows = rows
+        self._meet = meet
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._stack(value).sum(0)
+
+    def _stack(self, value: Tensor) -> Tensor:
+        self._rows[self.index] = value.clone()
+        self._meet.wait()
+        stacked = torch.stack(self._rows)
+        self._meet.wait()
+        return stacked
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[[Callable[[Processes], Any]], list[Any]]:
+    """Return what runs a function as two processes, and gives what each returned or raised."""
+
+    def run(work: Callable[[Processes], Any]) -> list[Any]:
+        rows, meet = [torch.empty(0)] * 2, Barrier(2, timeout=60)
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(work, ThreadProcess(index, rows, meet)) for index in range(2)]
+        return [future.exception() or future.result() for future in futures]
+
+    return run

@@ -15,6 +15,7 @@ from nvvl.distill.blockwise import BlockwiseResult, LayerResult, _KeptLayers, di
 from nvvl.distill.embed import embed_items
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import Standing, StateFolder
+from nvvl.distill.survey import STAGE
 from nvvl.distill.train import Execution, distill
 from nvvl.distill.train_folder import hold_train_folder
 from nvvl.errors import CheckpointError, OutputError, RecipeError
@@ -121,8 +122,8 @@ def test_killed_run_goes_on_to_the_same_bytes(
     recipe: DistillRecipe,
     tmp_path: Path,
 ) -> None:
-    def kill(_stage: str, done: int, _total: int) -> None:
-        if done == 4:
+    def kill(stage: str, done: int, _total: int) -> None:
+        if stage != STAGE and done == 4:
             raise Killed
 
     out = tmp_path / "out"
@@ -136,6 +137,48 @@ def test_killed_run_goes_on_to_the_same_bytes(
     for name in ("model.safetensors", "calibration.amax"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
     assert not out.with_name("out.train").exists()
+
+
+def test_interrupted_run_says_what_is_kept_and_goes_on(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    short = dataclasses.replace(recipe, num_steps=1)
+    out = tmp_path / "out"
+    stop_at = 2
+    done: list[int] = []
+
+    def interrupt(stage: str, num_done: int, _total: int) -> None:
+        if stage != STAGE:
+            done.append(num_done)
+            if num_done == stop_at:
+                raise KeyboardInterrupt
+
+    execution = dataclasses.replace(NVVL, progress=interrupt)
+    message = r"^interrupted; the finished layers are kept in .*out\.train, and the same command "
+    with pytest.raises(KeyboardInterrupt, match=message):
+        distill_blockwise(run, tiny_checkpoint, out, short, items, execution=execution)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.train"]
+    stop_at = 0
+    distill_blockwise(run, tiny_checkpoint, out, short, items, execution=execution)
+    assert done == [1, 2, *range(1, NUM_LAYERS + 1)]
+
+
+def test_interruption_before_the_first_layer_says_nothing_of_layers(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvvl.distill.blockwise.embed_items", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        distill_blockwise(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    assert str(caught.value) == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def keep_layer(folder: Path, *, overwrite: bool = False) -> _KeptLayers:
@@ -269,8 +312,9 @@ def test_run_of_another_processor_is_not_gone_on_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def kill(*_: object) -> None:
-        raise Killed
+    def kill(stage: str, *_: object) -> None:
+        if stage != STAGE:
+            raise Killed
 
     short = dataclasses.replace(recipe, num_steps=1)
     out = tmp_path / "out"

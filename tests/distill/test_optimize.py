@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.student import LOG_AMAX, Student
 from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
@@ -125,3 +128,54 @@ def test_loaded_state_goes_on_bit_for_bit(changes: dict[str, Any], make: Make) -
     ours, theirs = optimizer.state_tensors(), loaded.state_tensors()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class WatchedTensors(Mapping[str, Tensor]):
+    """Counts the tensors that were given and are alive."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.most = 0
+        self._tensors = tensors
+        self._given: list[weakref.ref[Tensor]] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        self._given.append(weakref.ref(tensor))
+        self.most = max(self.most, sum(ref() is not None for ref in self._given))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def test_state_is_loaded_from_disk_a_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"ema_decay": 0.9, "trainable": ("linears", "norms", "input_scales")}
+    student, optimizer = make(**changes)
+    for seed in range(3):
+        set_gradients(student, seed)
+        optimizer.step(1.0)
+    state = StateFolder(tmp_path / "s", {})
+    state.open(size_bytes=0, overwrite=False)
+    state.save(Standing(3, 1.0, 1.0, 3), optimizer.state_tensors(), optimizer.weights())
+    watched = WatchedTensors(state.load(optimizer.state_shapes(started=True)))
+
+    _, loaded = make(**changes)
+    loaded.load_state(watched, num_steps=3)
+    assert watched.most == 1
+    ours, theirs = optimizer.state_tensors(), loaded.state_tensors()
+    assert len(watched) == len(ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_stay_as_they_were_when_they_were_taken(make: Make) -> None:
+    student, optimizer = make(trainable=("linears", "norms", "input_scales"))
+    taken = optimizer.weights()
+    before = {name: tensor.clone() for name, tensor in taken.items()}
+    set_gradients(student, 0)
+    optimizer.step(1.0)
+    assert all(torch.equal(taken[name], before[name]) for name in before)
+    assert not all(torch.equal(optimizer.weights()[name], before[name]) for name in before)

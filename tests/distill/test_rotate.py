@@ -96,7 +96,7 @@ def test_rotated_folder_is_a_checkpoint_like_any_other(
     assert 0 < result.harm < 1
     assert 0 < result.kl < 1e-3
     assert (result.num_items, result.num_held_out) == (10, 4)
-    assert set(seen) == {"sensitivity", "rotations"}
+    assert set(seen) == {"looking through items", "sensitivity", "rotations"}
     record = json.loads((out / ROTATION_NAME).read_text())
     assert record["harm"] == result.harm
     quantized = tmp_path / "nvfp4"

@@ -1,7 +1,9 @@
 """The saved state: strict, and never half written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,17 @@ def test_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
     loaded, best = state.load(SHAPES), state.load_best(3, SHAPES)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in make_tensors().items())
     assert all(torch.equal(best[name], tensor) for name, tensor in make_tensors(7.0).items())
+
+
+def test_nothing_is_read_before_it_is_used(tmp_path: Path, live_memory: Callable[[], Any]) -> None:
+    state = save(tmp_path / "s")
+    with live_memory() as memory:
+        loaded, best = state.load(SHAPES), state.load_best(3, SHAPES)
+        assert "b.weight" in loaded
+        assert "c.weight" not in best
+        assert memory.peak == 0
+        assert torch.equal(loaded["b.weight"], torch.ones(3))
+        assert memory.peak > 0
 
 
 def test_best_weights_outlive_later_saves(tmp_path: Path) -> None:

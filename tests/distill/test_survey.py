@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import pytest
 from PIL import Image
@@ -16,9 +18,10 @@ from nvvl.calib_data.sources import failing_source
 from nvvl.distill.data import DistillData
 from nvvl.distill.precompute import precompute_logits
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.survey import survey_set
-from nvvl.distill.train import distill
-from nvvl.errors import DataError, OutputError
+from nvvl.distill.survey import STAGE, survey_set
+from nvvl.distill.train import Execution, distill
+from nvvl.errors import DataError, OutputError, ReportedError
+from nvvl.model.processes import Processes
 from nvvl.model.prompt import Message
 
 
@@ -61,8 +64,100 @@ def test_item_may_have_a_name_that_is_no_utf8(items: CalibrationSet) -> None:
     assert one != other
 
 
-def from_set(items: CalibrationSet, model: Path, recipe: DistillRecipe) -> DistillData:
-    return DistillData.from_set(items, model, recipe, seed=0)
+def test_digest_is_the_one_that_states_on_disk_have(item_folder: Path) -> None:
+    golden = "26db9a6e56b21ef9840dd21cbfe77488238bf479478231d11837abf50b6cef76"
+    assert digest(item_folder) == golden
+
+
+def from_set(
+    items: CalibrationSet, model: Path, recipe: DistillRecipe, processes: Processes | None = None
+) -> DistillData:
+    return DistillData.from_set(items, model, recipe, seed=0, processes=processes)
+
+
+class CountedItems(Sequence[Item]):
+    """Items that count how often each is read."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.reads: Counter[int] = Counter()
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        assert isinstance(index, int)
+        self.reads[index] += 1
+        return self._items[index]
+
+
+InTwo = Callable[[Callable[[Processes], Any]], list[Any]]
+
+
+@pytest.mark.parametrize("spec", ["test", "default"])
+def test_two_processes_read_each_item_once_and_find_what_one_does(
+    spec: str,
+    items: CalibrationSet,
+    tiny_checkpoint: Path,
+    recipe: DistillRecipe,
+    in_two_processes: InTwo,
+) -> None:
+    latin = dataclasses.replace(items.items[1], item_id=os.fsdecode(b"menu\xe9.png"))
+    mute = say("mute", "<image>\nthe")
+    mute = dataclasses.replace(mute, images=items.items[0].images)  # one group with that item
+    every = (*items.items, latin, mute)
+    alone = from_set(dataclasses.replace(items, items=every, spec=spec), tiny_checkpoint, recipe)
+    counted = CountedItems(every)
+    shared = dataclasses.replace(items, items=counted, spec=spec)
+    both = in_two_processes(lambda one: from_set(shared, tiny_checkpoint, recipe, one))
+    expected = range(len(every)) if spec == "test" else alone.validation
+    assert counted.reads == Counter(expected)
+    for data in both:
+        assert data.sha256 == alone.sha256
+        assert data.num_answers == alone.num_answers == (15 if spec == "test" else 16)
+        assert (data.training, data.validation) == (alone.training, alone.validation)
+
+
+def test_faulty_items_of_all_processes_are_named_together(
+    items: CalibrationSet, tiny_checkpoint: Path, recipe: DistillRecipe, in_two_processes: InTwo
+) -> None:
+    faulty = [say(f"odd {i}", "the <SPECIAL_12>", "thing") for i in range(3)]
+    spoilt = dataclasses.replace(items, items=(*items.items, *faulty))
+    main, other = in_two_processes(lambda one: from_set(spoilt, tiny_checkpoint, recipe, one))
+    with pytest.raises(DataError) as alone:
+        from_set(spoilt, tiny_checkpoint, recipe)
+    assert isinstance(main, DataError)
+    assert isinstance(other, ReportedError)
+    assert str(main) == str(other) == str(alone.value)
+    assert str(main).count("item odd") == 3
+
+
+def test_progress_shows_the_pass_over_the_items_before_the_first_step(
+    run: Path, tiny_checkpoint: Path, items: CalibrationSet, recipe: DistillRecipe, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    execution = Execution(progress=lambda *said: seen.append(said))
+    short = dataclasses.replace(recipe, num_steps=1)
+    distill(run, tiny_checkpoint, tmp_path / "out", short, items, execution=execution)
+    assert seen[:-1] == [(STAGE, index + 1, 14) for index in range(14)]
+    assert seen[-1][1:] == (1, 1)
+
+
+def test_progress_of_two_processes_is_that_of_all_items_and_of_the_main_one_alone(
+    items: CalibrationSet, in_two_processes: InTwo
+) -> None:
+    odd = dataclasses.replace(items, items=items.items[:5])
+    seen: list[tuple[str, int, int]] = []
+    in_two_processes(
+        lambda one: survey_set(
+            odd, lambda _: None, processes=one, progress=lambda *said: seen.append(said)
+        )
+    )
+    assert seen == [(STAGE, done, 5) for done in (2, 4, 5)]
 
 
 def test_generated_items_are_told_by_those_held_out(

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,23 @@ from nvvl.distill import prepare
 from nvvl.distill import state as state_module
 from nvvl.distill.data import DistillData
 from nvvl.distill.losses import chunked_loss
+from nvvl.distill.optimize import Optimizer
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import StateFolder
+from nvvl.distill.survey import STAGE
 from nvvl.distill.train import DistillResult, Execution, Trainer, distill
-from nvvl.errors import HardwareError, OutputError, RecipeError, TrainingError
+from nvvl.errors import (
+    CheckpointError,
+    HardwareError,
+    OutputError,
+    RecipeError,
+    ReportedError,
+    TrainingError,
+)
 from nvvl.export.verify import verify
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
+from nvvl.model.hashing import hash_file
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.quantize.manifest import Manifest
@@ -33,6 +45,21 @@ NVVL = Execution(command=["nvvl"])
 
 class Killed(Exception):
     """Stands for a process that ends in the middle of a run."""
+
+
+def add_step_to(steps: list[int]) -> Callable[[str, int, int], None]:
+    """Return a callback that adds the number of each step."""
+
+    def add(stage: str, done: int, _total: int) -> None:
+        if stage != STAGE:
+            steps.append(done)
+
+    return add
+
+
+def kill_at_first_step(stage: str, *_: object) -> None:
+    if stage != STAGE:
+        raise Killed
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -112,8 +139,8 @@ def test_killed_run_goes_on_to_the_same_bits(
     recipe: DistillRecipe,
     tmp_path: Path,
 ) -> None:
-    def kill(_stage: str, done: int, _total: int) -> None:
-        if done == 12:  # two steps after the state that is gone on from
+    def kill(stage: str, done: int, _total: int) -> None:
+        if stage != STAGE and done == 12:  # two steps after the state that is gone on from
             raise Killed
 
     out = tmp_path / "out"
@@ -122,13 +149,82 @@ def test_killed_run_goes_on_to_the_same_bits(
         distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert not out.exists()
     steps: list[int] = []
-    execution = dataclasses.replace(NVVL, progress=lambda _stage, done, _all: steps.append(done))
+    execution = dataclasses.replace(NVVL, progress=add_step_to(steps))
     distill(run, tiny_checkpoint, out, recipe, items, execution=execution)
     assert steps == list(range(11, 21))
     for name in ("model.safetensors", "calibration.amax"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
     assert read_log(out) == read_log(finished[0])
     assert not out.with_name("out.train").exists()
+
+
+@pytest.mark.parametrize("change", ["none", "one bit"])
+def test_main_process_alone_hashes_the_state_that_all_go_on_from(
+    change: str,
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    in_two_processes: Callable[[Callable[[Processes], Any]], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = dataclasses.replace(recipe, num_steps=2)
+    out = tmp_path / "out"
+    killed = Execution(progress=kill_at_first_step)
+    with pytest.raises(Killed):
+        distill(run, tiny_checkpoint, out, short, items, execution=killed)
+    path = tmp_path / "out.train" / "step-000000.safetensors"
+    if change == "one bit":
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    main: list[int] = []
+    hashed: list[tuple[str, bool]] = []
+
+    def count(file: Path) -> str:
+        hashed.append((file.name, threading.get_ident() in main))
+        return hash_file(file)
+
+    def go_on(processes: Processes) -> DistillResult | None:
+        if processes.is_main:
+            main.append(threading.get_ident())
+        execution = Execution(processes=processes)
+        return distill(run, tiny_checkpoint, out, short, items, execution=execution)
+
+    monkeypatch.setattr("nvvl.distill.train_folder.hash_file", count)
+    said = in_two_processes(go_on)
+    assert [is_main for name, is_main in hashed if name == path.name] == [True]
+    if change == "one bit":
+        assert [type(error) for error in said] == [CheckpointError, ReportedError]
+        assert "missing or changed since it was saved" in str(said[0])
+    else:
+        assert isinstance(said[0], DistillResult)
+        assert said[1] is None
+
+
+def test_weights_are_taken_where_they_are_the_best_alone(
+    run: Path,
+    tiny_checkpoint: Path,
+    items: CalibrationSet,
+    recipe: DistillRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = {0: 0.5, 1: 0.6, 2: 0.4, 3: 0.4}
+    monkeypatch.setattr(Trainer, "validate", lambda _, *, step: losses[step])
+    weights = Optimizer.weights
+    taken: list[int] = []
+
+    def take(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+        taken.append(optimizer.num_steps)
+        return weights(optimizer)
+
+    monkeypatch.setattr(Optimizer, "weights", take)
+    recipe = dataclasses.replace(recipe, num_steps=3, validate_every=1)
+    result = distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
+    assert taken == [0, 2]
+    assert result is not None
+    assert (result.start_loss, result.best_loss, result.best_step) == (0.5, 0.4, 2)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(
@@ -282,7 +378,7 @@ def test_finished_run_leaves_nothing_and_is_begun_anew_by_the_same_command(
 ) -> None:
     recipe = dataclasses.replace(recipe, num_steps=1)
     steps: list[int] = []
-    execution = Execution(progress=lambda _stage, done, _all: steps.append(done))
+    execution = Execution(progress=add_step_to(steps))
     for _ in range(2):
         assert distill(run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=execution)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.bf16"]
@@ -343,12 +439,10 @@ def test_run_of_another_processor_is_not_gone_on_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def kill(*_: object) -> None:
-        raise Killed
-
     out, path = tmp_path / "out", tmp_path / "out.train" / "state.json"
+    killed = Execution(progress=kill_at_first_step)
     with pytest.raises(Killed):
-        distill(run, tiny_checkpoint, out, recipe, items, execution=Execution(progress=kill))
+        distill(run, tiny_checkpoint, out, recipe, items, execution=killed)
     state = json.loads(path.read_text())
     if change == "other":
         arithmetic = {"processor": "PDP-11"}
@@ -381,6 +475,6 @@ def test_full_disk_while_saving_keeps_the_state_before(
         distill(run, tiny_checkpoint, tmp_path / "out", recipe, items)
     monkeypatch.setattr(state_module, "write_safetensors", write)
     steps: list[int] = []
-    execution = Execution(progress=lambda _stage, done, _all: steps.append(done))
+    execution = Execution(progress=add_step_to(steps))
     assert distill(run, tiny_checkpoint, tmp_path / "out", recipe, items, execution=execution)
     assert steps == [3, 4]

@@ -102,7 +102,7 @@ def test_sampled_and_cut_short_as_generate_does(
     budget = None
     if tokens is not None:
         budget = ThinkingBudget.from_tokenizer(processor.tokenizer, tokens=tokens, grace=3)
-    options = {
+    options: dict[str, Any] = {
         "sampling": Sampling(temperature=0.8, top_p=0.9, seed=5),
         "thinking_budget": budget,
     }

@@ -71,7 +71,7 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
     ]
     assert [(sweep.kind, len(sweep.points)) for sweep in result.report.sweeps] == [
         ("evs", 2 * 5),
-        ("tiles", 2 * 4),
+        ("tiles", 2 * 3),  # pages have the same tiles of 32 px under 4 and 6
     ]
     assert all(path.exists() for path in result.outputs.values())
     proved = {check.rule: check.passed for check in result.proofs["nvfp4"].checks}

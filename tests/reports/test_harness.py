@@ -120,11 +120,11 @@ def test_long_requests_lose_their_beginning_and_are_counted(
     ids = encode(model, context + " in the")
     scored = len(ids) - len(encode(model, context))
     assert nats == pytest.approx(sum(log_probs(model, ids[-8:])[-scored:]), abs=1e-3)
-    assert model.num_shortened == 1
+    assert model.num_shortened.total() == 1
     settings = {"max_gen_toks": 3}
     long, short = (ask("generate_until", text, settings) for text in (context, context[-4:]))
     answers = model.generate_until([long, short])
-    assert model.num_shortened == 2
+    assert model.num_shortened.total() == 2
     assert len(answers) == 2
 
 
@@ -341,6 +341,35 @@ def test_group_has_a_number_and_no_items(
     assert tasks["nvvl_next_words"].metrics[0].scores["b"].difference is not None
     _, rows = make_task_rows(list(tasks.values()), ["a", "b"], "a")
     assert rows.about.startswith("a group of tasks")
+
+
+def test_cut_requests_are_said_and_counted_by_task(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    options: HarnessOptions,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (harness.TASKS_FOLDER / "nvvl_next_words.yaml").read_text()
+    text = text.replace("nvvl_next_words", "brief").replace("{{context}}", "{{context[:9]}}")
+    (tmp_path / "brief.yaml").write_text(text)
+    (tmp_path / "pair.yaml").write_text(
+        "group: pair\ntask: [nvvl_next_words, brief]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    )
+    short = replace(options, max_length=128)
+    run = run_tasks(
+        tiny_checkpoint, tmp_path / "a", ["brief", "pair"], short, label="a", tasks_folder=tmp_path
+    )
+    assert {result.task: result.num_shortened for result in run.results} == {
+        "nvvl_next_words": 24,  # 6 items, 4 choices each
+        "brief": 0,
+        "pair": 24,
+    }
+    said = [line for line in capsys.readouterr().err.splitlines() if "lost their beginning" in line]
+    assert said == [
+        "pair: 24 requests lost their beginning to --max-length 128, and the scores are of what "
+        "was left; raise --max-length"
+    ]
 
 
 def test_other_settings_need_another_folder(

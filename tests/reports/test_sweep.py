@@ -24,6 +24,7 @@ from nvvl.reports.evaluate import Options
 from nvvl.reports.question import encode_questions, prepare_question, prune_videos
 from nvvl.reports.suites import Suite
 from nvvl.reports.sweep import run_sweep
+from nvvl.reports.sweep_text import sweep_table
 from nvvl.reports.timing import Contender, measure_speed
 
 
@@ -48,6 +49,11 @@ def make_page(index: int, seed: int) -> Item:
         messages=(Message("user", "<image>\nWhat is it?"), Message("assistant", str(index))),
         images=(Image.new("RGB", (64, 64), (index, 80, seed)),),
     )
+
+
+def make_mixed(index: int, seed: int) -> Item:
+    item = make_page(index, seed)
+    return item if index % 2 else replace(item, images=(item.images[0].resize((32, 32)),))
 
 
 FILM = Suite(
@@ -159,6 +165,60 @@ def test_tiles_are_limited_one_run_a_limit(
         ("B", 1, 4.0, None),
         ("B", 4, 20.0, None),
     ]
+
+
+def test_limits_that_change_no_tiles_are_left_out(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = run_sweep(
+        "tiles",
+        {"A": tiny_checkpoint},
+        tmp_path,
+        OPTIONS,
+        suites=[SHEET, replace(SHEET, name="mixed", make_item=make_mixed)],
+        num_timed=1,
+        num_new_tokens=3,
+    )
+    assert [(p.suite, p.value) for p in sweep.points] == [
+        *(("sheet", 1), ("sheet", 4)),
+        *(("mixed", 1), ("mixed", 4)),
+    ]
+    assert sorted(path.name for path in (tmp_path / "A").iterdir()) == ["tiles-1", "tiles-4"]
+    assert sweep.notes == (
+        "most tiles 6, 12: left out, every image has the same tiles as under 4",
+        "mixed: 3 of 6 items have the same tiles under every limit",
+    )
+    assert capsys.readouterr().err.splitlines()[:2] == list(sweep.notes)
+    assert str(sweep_table(sweep).caption).startswith("most tiles 6, 12: left out")
+    assert load_sweep(tmp_path / "sweep-tiles.json") == sweep
+
+
+def test_limits_that_are_all_alike_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    message = r"limits that differ, got 4, 6, 12, under which every image has the same tiles of 32"
+    with pytest.raises(DataError, match=message):
+        run_sweep(
+            "tiles", {"A": tiny_checkpoint}, tmp_path, OPTIONS, suites=[SHEET], values=(4, 6, 12)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_without_notes_are_read(swept: tuple[Path, Sweep], tmp_path: Path) -> None:
+    path = swept[0] / "sweep-evs.json"
+    values = json.loads(path.read_text())
+    assert values.pop("notes") == []
+    (tmp_path / "sweep-evs.json").write_text(json.dumps(values))
+    assert load_curves(tmp_path) == ([load_sweep(path)], [])
+
+
+def test_interrupt_while_times_are_taken_says_that_answers_are_kept(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvvl.reports.sweep.measure_speed", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"kept in {tmp_path}, and .* goes on from there"):
+        run_sweep("tiles", {"A": tiny_checkpoint}, tmp_path, OPTIONS, suites=[SHEET], values=(1,))
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,29 @@ def test_rows_have_values_differences_and_tests(make_harness_run: MakeRun) -> No
     assert make_task_rows(tasks, ["none"], "BF16") == []
 
 
+@pytest.mark.parametrize(
+    ("counts", "labels", "expected"),
+    [
+        ((250, 250), ["BF16", "FP8"], ", 250 requests cut to --max-length 4096 (raise it)"),
+        (
+            (250, 1300),
+            ["BF16", "FP8"],
+            ", 250 to 1,300 requests cut to --max-length 4096 (raise it)",
+        ),
+        ((0, 1300), ["BF16"], ""),
+    ],
+)
+def test_cut_requests_are_said_of_the_models_shown(
+    counts: tuple[int, int], labels: list[str], expected: str, make_harness_run: MakeRun
+) -> None:
+    runs = [
+        make_harness_run(label, {"acc": [1.0]}, num_shortened=count)
+        for label, count in zip(("BF16", "FP8"), counts, strict=True)
+    ]
+    (rows,) = make_task_rows(compare_tasks(runs, "BF16"), labels, "BF16")
+    assert rows.about == f"1 items, 0-shot, version 1.0{expected}"
+
+
 def test_large_numbers_lose_decimals(make_harness_run: MakeRun) -> None:
     known = {"ppl": "perplexity"}
     runs = [

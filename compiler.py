@@ -7,6 +7,7 @@ one. It is written beside its final name and renamed, so that processes that sta
 load half a file.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -116,7 +117,8 @@ def _run_compiler(command: list[str]) -> str:
         try:
             _, printed = process.communicate(timeout=_TIMEOUT_S)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             raise HardwareError(f"{command[0]}: no result after {_TIMEOUT_S} s") from None

@@ -16,17 +16,16 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
-# (stage, how many are done, of how many)
-ProgressCallback = Callable[[str, int, int], None]
+from nvvl.progress import Progress
 
 _FILE_WIDTH = 200
 
@@ -50,7 +49,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def show_progress() -> Iterator[ProgressCallback]:
+def show_progress() -> Iterator[Progress]:
     """Show a bar with stage, rate and remaining time, then time taken, of each reported count."""
     columns = (
         TextColumn("{task.description}"),
@@ -59,7 +58,7 @@ def show_progress() -> Iterator[ProgressCallback]:
         _RateColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=_open_console(sys.stderr)) as bars:
+    with ProgressBars(*columns, console=_open_console(sys.stderr)) as bars:
         task = None
         last = (0, 0)
 

@@ -32,7 +32,14 @@ RecipeOption = Annotated[
     Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier output, and what an unfinished run of other settings left; one of "
+        "the same settings is gone on with.",
+    ),
+]
 
 
 def choose_device(device: Device) -> str:

@@ -41,8 +41,8 @@ from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
 from nvvl.errors import DataError, OutputError, require_unread, writing
 from nvvl.model.processor import Processor
+from nvvl.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 # An evaluation suite by name, as its items.
 Suites = Mapping[str, Callable[[], Iterable[Item]]]
 # What of a suite is compared, by its name.

@@ -1,4 +1,4 @@
-"""The verbs ``nvvl calib ...``."""
+"""The verb ``nvvl calib show``."""
 
 import os
 from dataclasses import asdict

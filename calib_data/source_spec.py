@@ -76,7 +76,7 @@ class Folder(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Source):
-    """A JSONL file of conversations with images and videos (``nvvl.calib_data.sources``)."""
+    """A JSONL file of conversations with images and videos (``nvvl.calib_data.jsonl_files``)."""
 
     kind: ClassVar[str] = "jsonl"
 

@@ -1,4 +1,4 @@
-"""Where items come from: the document generator, or files of the user's own.
+"""Where items come from: the document generator, folders of images, videos (JSONL: jsonl_files).
 
 Each reader checks names, fields and paths at once, but returns `ItemSource`s that read or draw
 pixels only when an item is used: a set of a thousand pages needs no memory for a thousand pages.

@@ -31,7 +31,7 @@ from nvvl.distill.embed import embed_items
 from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import check_run, run_identity
-from nvvl.distill.train import Execution, Progress, warn_about_rate
+from nvvl.distill.train import Execution, warn_about_rate
 from nvvl.distill.train_folder import LOG_NAME, LazyTensors, TrainFolder, hold_train_folder
 from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError, writing
@@ -43,6 +43,7 @@ from nvvl.model.packing import Packing
 from nvvl.model.processes import Processes
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
+from nvvl.progress import Progress
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats

@@ -1,4 +1,4 @@
-"""The verbs ``nvvl distill`` and ``nvvl precompute``."""
+"""The verbs ``nvvl distill``, ``nvvl precompute`` and ``nvvl rotate``."""
 
 import sys
 from contextlib import nullcontext
@@ -28,8 +28,8 @@ DataOption = Annotated[str, typer.Option(metavar="SET", help=SET_HELP)]
 DistillRecipeOption = Annotated[
     str | None,
     typer.Option(
-        help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for that teacher, "
-        "whose loss is then KL where logits are stored."
+        help="Preset or TOML file; else qad_nvfp4, or qad_nvfp4_embedded for the teacher "
+        "'embedded', whose loss is then KL where logits are stored."
     ),
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps; else the recipe's.")]

@@ -23,10 +23,11 @@ from nvvl.calib_data.items import Item, naming_item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.split import permutation, split_items
-from nvvl.distill.survey import Progress, hash_items, survey_set
+from nvvl.distill.survey import hash_items, survey_set
 from nvvl.errors import DataError
 from nvvl.model.processes import Processes
 from nvvl.model.processor import ModelInputs, Processor
+from nvvl.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Runs the teacher over a set once and keeps its logits (``logits.py``)."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,9 +10,8 @@ from nvvl.distill.logits import LogitsWriter, logits_identity, require_logits_su
 from nvvl.distill.prepare import Preparer
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.model.load import load_model
+from nvvl.progress import Progress
 from nvvl.quantize.staging import staged_folder
-
-Progress = Callable[[str, int, int], None]
 
 # Items that are made ready together: enough to fill rows, few enough to hold their pixels.
 _GROUP = 16

@@ -29,7 +29,6 @@ from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.rotation import best_gains, expected_harm, learn_rotation
 from nvvl.distill.sensitivity import Sensitivity, measure_sensitivity, norm_key, values_key
 from nvvl.distill.teacher import teacher_digest
-from nvvl.distill.train import Progress
 from nvvl.distill.turn import Turn, TurnedWeights
 from nvvl.distill.write import write_bf16
 from nvvl.errors import CheckpointError, ConfigError, DataError
@@ -37,6 +36,7 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.progress import Progress
 from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.side_files import ROTATION_NAME
 from nvvl.quantize.staging import staged_folder

@@ -23,9 +23,7 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.calib_data.media import picture_name
 from nvvl.errors import DataError
 from nvvl.model.processes import Processes
-
-# (what is shown, items done, items in total)
-Progress = Callable[[str, int, int], None]
+from nvvl.progress import Progress
 
 STAGE = "looking through items"
 

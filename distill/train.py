@@ -19,7 +19,7 @@ Several processes share the items of each step. Either each holds the whole trai
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_qu
 from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
+from nvvl.progress import Progress
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.load import read_recipe_formats
@@ -49,9 +50,6 @@ from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import list_linears, quantized_only
-
-# (what is shown, steps done, steps in total)
-Progress = Callable[[str, int, int], None]
 
 _T = TypeVar("_T")
 
@@ -435,7 +433,9 @@ class Trainer:
                         f"weights are kept in {self._state.folder}; lower learning_rate and start "
                         "again with --overwrite"
                     )
-            best_weights = self.optimizer.weights() if standing.add(loss) else None
+            # the main process decides, for all of them take part
+            is_best = self._processes.gather(standing.add(loss))[0]
+            best_weights = self.optimizer.weights() if is_best else None
         self._save(standing, best_weights)
         return loss
 

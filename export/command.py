@@ -1,4 +1,4 @@
-"""The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export`` and ``nvvl chat``."""
+"""The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export onnx`` and ``nvvl chat``."""
 
 import sys
 from collections.abc import Sequence
@@ -76,7 +76,9 @@ def plan(
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that nvvl quantize wrote.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder that nvvl quantize or distill wrote.")
+    ],
     *,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The BF16 source, to compare values with.")
@@ -163,7 +165,11 @@ def chat(
         )
     if not top_p:
         raise DataError("--top-p 0: leaves no token to draw; give a share above 0")
-    if thinking_budget is not None and not think:
+    if not temperature and (top_p < 1 or seed):
+        raise DataError("--top-p, --seed: change nothing at --temperature 0; give one above 0")
+    from nvvl.model.prompt import Message, resolve_reasoning
+
+    if thinking_budget is not None and not resolve_reasoning([Message("user", question)], think):
         raise DataError(
             f"--thinking-budget {thinking_budget}: ends reasoning, and the model is not asked to "
             "reason; add --think, or leave it out"

@@ -16,7 +16,7 @@ Nothing is run here. Building needs no GPU with TensorRT-RTX; running always doe
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,9 @@ from nvvl.export.onnx_io import IO_NAME
 from nvvl.export.parts import layer_sizes
 from nvvl.export.shape_profile import Span, choose_spans, make_shape_profile
 from nvvl.model.hashing import hash_file
+from nvvl.progress import Progress
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
-
-# (what is being built, steps done, of how many)
-Progress = Callable[[str, int, int], None]
 
 LOG_NAME = "build.log"
 

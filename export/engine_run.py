@@ -7,12 +7,13 @@ lacks, and weights that are too large to build from here.
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvvl.export.engine import EngineOptions, EngineResult, Progress, build_into
+from nvvl.export.engine import EngineOptions, EngineResult, build_into
 from nvvl.export.engine_targets import Precision, require_cache, require_targets
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.parts import largest_part, layer_sizes
 from nvvl.export.view import CheckpointView, open_view
+from nvvl.progress import Progress
 from nvvl.quantize.staging import staged_folder
 
 

@@ -33,7 +33,7 @@ from nvvl.errors import CheckpointError, EngineError, OutputError
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import Graph
 from nvvl.export.onnx_io import IO_NAME, describe_graphs
-from nvvl.export.onnx_language import EMBEDDINGS, Progress, build_language_graph
+from nvvl.export.onnx_language import EMBEDDINGS, build_language_graph
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_vision import build_vision_graph
 from nvvl.export.onnx_weights import CheckpointWeights, read_hashes
@@ -42,6 +42,7 @@ from nvvl.export.vision_fp8 import NUM_IMAGES, SCALES_NAME, find_scales, use_sca
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.hashing import hash_file
+from nvvl.progress import Progress
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.side_files import copied_files
 from nvvl.quantize.staging import MANIFEST_NAME, staged_folder

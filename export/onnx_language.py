@@ -17,7 +17,7 @@ At the start of a sequence all states are zero (a growing cache: S = 0). All row
 the same number of tokens; there is no padding mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvvl.export.onnx_data import DataFile
@@ -28,12 +28,10 @@ from nvvl.export.onnx_mamba import MambaMixer
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_weights import CheckpointWeights
 from nvvl.model.config import LanguageConfig
+from nvvl.progress import Progress
 
 BACKBONE = "language_model.backbone"
 EMBEDDINGS = f"{BACKBONE}.embeddings"
-
-# Called with what has been built, how many layers are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ ends the comparison it comes in and is a fault of that check; the others go on.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.memory import free_memory
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import ModelState, NemotronNanoVL
+from nvvl.progress import Progress
 from nvvl.quantize.declared import is_quantized
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.load import load_any
@@ -66,8 +67,6 @@ CASES: tuple[tuple[int, tuple[int, ...]], ...] = (
 )
 TILE_COUNTS = (1, 3)
 _SEED = 0
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

@@ -11,13 +11,13 @@ import torch
 
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import TO_END, Graph
-from nvvl.export.onnx_language import Progress
 from nvvl.export.onnx_layers import rms_norm, squared_relu
 from nvvl.export.onnx_linear import linear
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_weights import CheckpointWeights
 from nvvl.model.config import VLMConfig
 from nvvl.model.vision import PatchGenerator
+from nvvl.progress import Progress
 
 RADIO = "vision_model.radio_model.model"
 

@@ -1,6 +1,6 @@
 """What each server makes of this model: limits that no rule covers, and how it is started.
 
-Read from sources and documents of vLLM 0.33, TensorRT-LLM main, SGLang 0.5 and Edge-LLM 0.11; of
+Read from sources and documents of vLLM 0.33, TensorRT-LLM main, SGLang main and Edge-LLM 0.11; of
 these, `tools/interop` runs vLLM's CPU build and Edge-LLM's exporter.
 """
 

@@ -5,7 +5,7 @@ its scales and the source's weight.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,9 @@ from nvvl.export.hash_proof import HashProof, unavailable_hashes
 from nvvl.export.tensor_files import TensorFiles, read_calibration
 from nvvl.export.value_proof import ValueProof
 from nvvl.export.view import SCALE_LEAVES, CheckpointView
+from nvvl.progress import Progress
 
 MANIFEST_NAME = "manifest.json"
-
-# Called with what is being read, how many are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import LOGITS, prove_logits
 from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
-from nvvl.export.tensor_proof import Progress, prove_tensors
+from nvvl.export.tensor_proof import prove_tensors
 from nvvl.export.view import CheckpointView, open_view
+from nvvl.progress import Progress
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item

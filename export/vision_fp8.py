@@ -22,6 +22,7 @@ from nvvl.model.load import materialize
 from nvvl.model.processor import Processor
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.progress import Progress
 from nvvl.quantize import fp8
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.load import replace_module
@@ -30,8 +31,6 @@ SCALES_NAME = "vision_scales.safetensors"
 NUM_IMAGES = 64
 # Tiles that go through the tower at once.
 _TILES = 4
-
-Progress = Callable[[str, int, int], None]
 
 
 def list_vision_linears(model: NemotronNanoVL) -> dict[str, nn.Linear]:

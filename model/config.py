@@ -380,7 +380,7 @@ class VLMConfig:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+            raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
         _require_object(values, str(path))
         try:
             return cls.from_dict(values)

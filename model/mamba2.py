@@ -248,7 +248,7 @@ def ssm_scan(
     compiled = pick_scan(x, dt, b, c, state) if chunk == CHUNK else None  # packed rows or not
     if compiled is not None:
         return compiled(x, dt, a, b, c, d, state, keep=keep)
-    kernels = pick_kernels(x, b, c, chunk)
+    kernels = pick_kernels(x, dt, b, c, state, chunk)
     if kernels is not None:
         return kernels(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:

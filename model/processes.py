@@ -93,7 +93,7 @@ class Processes:
         text = json.dumps(value).encode()
         longest = int(self.max(torch.tensor(len(text))))
         row = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
-        return [json.loads(bytes(other.tolist())) for other in self._stack(row)]
+        return [json.loads(other.numpy().tobytes()) for other in self._stack(row)]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -1,9 +1,10 @@
 """Matrix products of bfloat16 tensors, at the speed of the machine.
 
-A CPU without bfloat16 units multiplies bfloat16 several times slower than float32 (3.6 times on
-AVX2). There the operands of a large product are widened, multiplied in float32 and the result is
-rounded once: what units with float32 accumulators do, up to the order of the sums. Elsewhere, and
-for products of few rows, which read each weight once and gain nothing, torch's own is called.
+A CPU without bfloat16 units (here: x86 without AVX-512) multiplies bfloat16 several times slower
+than float32 (3.6 times on AVX2). There the operands of a large product are widened, multiplied in
+float32 and the result is rounded once: what units with float32 accumulators do, up to the order of
+the sums. Elsewhere, and for products of few rows, which read each weight once and gain nothing,
+torch's own is called.
 """
 
 import platform

@@ -114,7 +114,7 @@ def render_segments(
             is asked for and an answer has none.
     """
     _check_order(messages, add_generation_prompt)
-    reasoning = _resolve_reasoning(messages, reasoning)
+    reasoning = resolve_reasoning(messages, reasoning)
     opening = _ASSISTANT + ("<think>\n" if reasoning else "<think></think>")
     target = None if add_generation_prompt else len(messages) - 1
     segments: list[Segment] = []
@@ -151,7 +151,8 @@ def _check_order(messages: Sequence[Message], add_generation_prompt: bool) -> No
         )
 
 
-def _resolve_reasoning(messages: Sequence[Message], reasoning: bool) -> bool:
+def resolve_reasoning(messages: Sequence[Message], reasoning: bool) -> bool:
+    """Return whether the model reasons, as the caller chose or ``/think`` and ``/no_think`` say."""
     for message in messages:
         if message.role == "assistant":
             continue

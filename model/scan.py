@@ -2,9 +2,9 @@
 
 `pick_scan` gives it where it can run: bfloat16 on the CPU, no gradients wanted, a compiler, a
 processor with AVX512-BF16, and not ``NVVL_KERNELS=plain``. Elsewhere `nvvl.model.mamba2` computes
-in torch, to the same values up to the order of sums and the rounding of what lies between products.
-The result depends on nothing but the arguments: not on the number of threads, the other sequences
-of a batch, or where in a packed row a sequence stands.
+in torch, or on a GPU by `nvvl.model.mamba_kernels`, to the same values up to the order of sums and
+the rounding of what lies between products. The result depends on nothing but the arguments: not on
+the number of threads, the other sequences of a batch, or where in a packed row a sequence stands.
 """
 
 import ctypes

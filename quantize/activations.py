@@ -53,6 +53,7 @@ class Activations:
         device: torch.device,
         tick: Tick,
         budget_bytes: int | None = None,
+        resumable: bool = True,
     ) -> None:
         """Take the items; nothing is read from them yet.
 
@@ -62,12 +63,15 @@ class Activations:
             device: Where blocks run.
             tick: Called once for each item that a block has run over.
             budget_bytes: Most bytes of items in memory; None sets no limit.
+            resumable: Whether `run_block` writes all items, so that `restore` can take them up;
+                else it writes those alone that memory does not hold.
         """
         self.records: list[tuple[str, str]] = []
         self._items = items
         self._processor = processor
         self._device = device
         self._tick = tick
+        self._resumable = resumable
         self._budget = float("inf") if budget_bytes is None else budget_bytes
         self._input_ids: list[Tensor] = []
         self._hidden: list[_Hidden] = []
@@ -234,8 +238,10 @@ class Activations:
         before = self._hidden[index]
         if isinstance(before, Tensor):
             self._in_memory -= before.nbytes
-        self._add_to_spill(f"hidden.{index}", output)
-        if self._fits(output.nbytes):
+        fits = self._fits(output.nbytes)
+        if self._resumable or not fits:
+            self._add_to_spill(f"hidden.{index}", output)
+        if fits:
             self._hidden[index] = self._keep(output)
         else:
             self._require_spill()
@@ -266,12 +272,13 @@ class Activations:
             raise OutputError(
                 f"calibration items: memory holds {self._budget / 1e9:.2f} GB of them, and beside "
                 f"the output the disk has room for {max(0, self._room)} bytes; make room on the "
-                "disk, give more --memory, or fewer --samples"
+                "disk (of temporary files: TMPDIR), give more --memory, or fewer --samples"
             )
 
     def _finish_spill(self, path: Path) -> str:
-        for index, ids in enumerate(self._input_ids):
-            self._add_to_spill(f"ids.{index}", ids)
+        if self._resumable:
+            for index, ids in enumerate(self._input_ids):
+                self._add_to_spill(f"ids.{index}", ids)
         if self._writer is None:
             self._spill = None
             return ""

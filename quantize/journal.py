@@ -218,8 +218,8 @@ def describe_arithmetic(device: torch.device) -> dict[str, str]:
     Libraries and compiled kernels sum in another order on another processor, of the same class too.
     """
     if device.type == "cuda":
-        scan = "torch" if allowed_kernels() is None else "mamba-ssm"
-        return {"GPU": torch.cuda.get_device_name(device), "Mamba2 scan": scan}
+        kernels = {} if allowed_kernels() is None else {"Mamba2 scan": "mamba-ssm"}
+        return {"GPU": torch.cuda.get_device_name(device)} | kernels
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
         "processor model": _name_cpu(),

@@ -97,6 +97,7 @@ def fake_quant_model(
 
     Raises:
         CheckpointError: if one of the files is missing or does not fit the source.
+        HardwareError: if memory cannot hold it.
     """
     from nvvl.quantize.calibrate import insert_quantizers, set_amaxes
 

@@ -128,7 +128,9 @@ def collect_input_statistics(
 
     processor = Processor.from_folder(checkpoint.folder)
     budget = default_limits().activation_bytes
-    activations = Activations(items, processor, device=device, tick=tick, budget_bytes=budget)
+    activations = Activations(
+        items, processor, device=device, tick=tick, budget_bytes=budget, resumable=False
+    )
     runner = BlockRunner(checkpoint, device)
     found: list[InputStatistics] = []
     with (

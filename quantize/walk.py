@@ -2,7 +2,7 @@
 
     patch generator -> RADIO blocks -> projector -> embeddings -> layers 0..N-1 -> everything else
 
-One block's weights are in memory at a time, whatever the size of the model. The calibration items
+One block runs at a time, whatever the size of the model. The calibration items
 travel along as activations (``nvvl.quantize.activations``): each block is run over them once, and
 that one run both gives ModelOpt's quantizers their amax and makes the inputs of the next block.
 Weight-only recipes need no items and run nothing.
@@ -36,6 +36,7 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
+from nvvl.progress import Progress
 from nvvl.quantize import kernels
 from nvvl.quantize.activations import Activations
 from nvvl.quantize.background import Background
@@ -57,7 +58,6 @@ from nvvl.quantize.targets import assign_formats, list_linears, quantized_only
 if TYPE_CHECKING:
     from nvvl.calib_data.manifest import CalibrationSet
 
-Progress = Callable[[str, int, int], None]
 
 _REST = "everything else"
 

@@ -1,4 +1,4 @@
-"""The verbs ``nvvl evaluate``, ``nvvl sweep``, ``nvvl report`` and ``nvvl demo``."""
+"""The verbs ``nvvl evaluate``, ``sweep``, ``report``, ``demo`` and ``calib build``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,13 +42,22 @@ def evaluate(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; each model gets one in it.")],
     suite: Annotated[
-        list[str] | None, typer.Option(help="Suite to ask; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Suite to ask; may be given several times. Else line, key_value and both in "
+            "unseen fonts; an unknown name lists all."
+        ),
     ] = None,
     items: ItemsOption = 1000,
     teacher: TeacherOption = None,
     label: LabelOption = None,
     gate: Annotated[
-        int, typer.Option(min=0, help="Items of the image gate, on the first suite; 0 for none.")
+        int,
+        typer.Option(
+            min=0,
+            help="Items of the first suite asked again with a blank and with a wrong image, to see "
+            "that the model looks; 0 for none.",
+        ),
     ] = 100,
     max_tiles: Annotated[
         int | None, typer.Option(min=1, help="Most tiles of an image; else the model's limit.")

@@ -10,7 +10,7 @@ user gets. A demo that was interrupted goes on with the answers it has; quantize
 nvvl wrote before are written again, and nothing else is replaced.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -21,6 +21,7 @@ from nvvl.distill.rotate import rotate
 from nvvl.distill.train import Execution, distill
 from nvvl.errors import OutputError
 from nvvl.export.verify import VerificationReport, verify
+from nvvl.progress import Progress
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.collect import Report
@@ -32,9 +33,6 @@ from nvvl.reports.publish import publish
 from nvvl.reports.run import RunResult
 from nvvl.reports.suites import find_suites
 from nvvl.reports.sweep import run_sweep
-
-# (step and what it is at, how many are done, of how many)
-ProgressCallback = Callable[[str, int, int], None]
 
 FORMATS = ("fp8", "nvfp4")
 ROTATED, ROTATED_NVFP4 = "rotated", "nvfp4-rotated"
@@ -82,7 +80,7 @@ def run_demo(
     num_sweep_items: int = 50,
     device: str = "cpu",
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Quantize a model to FP8 and NVFP4, rotate and distill it a little, prove and compare.
 
@@ -160,7 +158,7 @@ def _improve(
     num_steps: int,
     device: str,
     seed: int,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> dict[str, VerificationReport]:
     """Write NVFP4 of the rotated model, plain and distilled; return the proofs of both."""
     rotated, run, distilled = (out / name for name in (ROTATED, ROTATED_NVFP4, DISTILLED))
@@ -179,7 +177,7 @@ def _quantize(
     out: Path,
     items: CalibrationSet,
     device: str,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
     *,
     stored: Path | None = None,
 ) -> None:
@@ -199,7 +197,7 @@ def _quantize(
 
 
 def _prove(
-    run: Path, source: Path, graphs: Path | None, progress: ProgressCallback | None
+    run: Path, source: Path, graphs: Path | None, progress: Progress | None
 ) -> VerificationReport:
     """Verify a checkpoint, and its graphs if there are any; the proof is written beside it."""
     proof = verify(run, source, graphs=graphs, progress=_within(f"verify {run.name}", progress))
@@ -207,7 +205,7 @@ def _prove(
     return proof
 
 
-def _deploy(run: Path, progress: ProgressCallback | None) -> dict[str, Path]:
+def _deploy(run: Path, progress: Progress | None) -> dict[str, Path]:
     """Write the graphs and the engines of a checkpoint, as far as their libraries are there."""
     built: dict[str, Path] = {}
     graphs = export_graphs(run, progress=_within(f"graphs of {run.name}", progress))
@@ -237,7 +235,7 @@ def _rotate(
     *,
     device: str,
     seed: int,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> None:
     """Write an equal model that is easier to round."""
     rotate(
@@ -261,7 +259,7 @@ def _distill(
     num_steps: int,
     device: str,
     seed: int,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> Path:
     """Train a run towards its source for a few steps; returns the BF16 weights that came out."""
     recipe = replace(
@@ -288,7 +286,7 @@ def _evaluate(
     teacher: Path,
     out: Path,
     options: Options,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> list[RunResult]:
     """Ask all models the questions of the suites; each has a folder of its name in ``out``."""
     candidates = [
@@ -310,7 +308,7 @@ def _sweep(
     teacher: Path,
     out: Path,
     options: Options,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> list[Path]:
     """Measure what pruned videos and fewer tiles cost; returns the folder of each sweep."""
     folders: dict[SweepKind, Path] = {kind: out / kind for kind in get_args(SweepKind)}
@@ -328,7 +326,7 @@ def _sweep(
     return list(folders.values())
 
 
-def _within(step: str, progress: ProgressCallback | None) -> ProgressCallback | None:
+def _within(step: str, progress: Progress | None) -> Progress | None:
     """Put the name of the step before what it reports."""
     if progress is None:
         return None

@@ -1,16 +1,14 @@
 """The demo's graphs and engines of one checkpoint, as far as their libraries are there."""
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from nvvl.export.engine_targets import TENSORRT_RTX
+from nvvl.progress import Progress
 from nvvl.reports.deployment import ENGINES_NAME, GRAPHS_NAME
 
-Progress = Callable[[str, int, int], None]
-
 TARGET = "sm120"
-"""The GPU that engines are built for: the oldest that computes in NVFP4."""
+"""The GPU that engines are built for: the oldest that TensorRT-RTX builds NVFP4 for."""
 
 _COMMAND = ("nvvl", "demo")
 

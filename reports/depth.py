@@ -15,7 +15,7 @@ and over answers. Work grows with the square of the number of layers.
 Shapes: B questions, T tokens, N answer tokens of the batch, H hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import nvvl
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.progress import Progress
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals
 from nvvl.reports.curves import Depth, LayerNoise, require_replaceable, write_curves
@@ -39,9 +40,6 @@ from nvvl.reports.question import (
 )
 from nvvl.reports.suites import Suite
 from nvvl.reports.teacher import require_bf16
-
-# (label and suite, questions done, questions in all)
-ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -64,7 +62,7 @@ def measure_depth(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> Depth:
     """Measure the curves of each model and write ``depth.json``.
 

@@ -17,7 +17,7 @@ kept, only what the text gives away.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
+from nvvl.progress import Progress
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.load import load_any
 from nvvl.quantize.staging import locked
@@ -53,9 +54,6 @@ from nvvl.reports.run import (
 )
 from nvvl.reports.suites import Suite
 from nvvl.reports.teacher import require_bf16
-
-# (suite, answers there are in all runs, answers there will be)
-ProgressCallback = Callable[[str, int, int], None]
 
 _BATCHES_PER_WINDOW = 8
 _GREY = (128, 128, 128)
@@ -120,7 +118,7 @@ def evaluate(
     *,
     teacher: Path | None = None,
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> list[RunResult]:
     """Evaluate checkpoints side by side; go on with the runs their folders hold.
 
@@ -159,7 +157,6 @@ def evaluate(
     with ExitStack() as held:
         for candidate in candidates:
             held.enter_context(locked(Path(candidate.out)))
-        held.enter_context(keeping_answers(*(Path(candidate.out) for candidate in candidates)))
         teacher_sha256 = None if teacher is None else fingerprint(Path(teacher))
         journals = [
             _open_journal(candidate, suites, options, teacher_sha256, overwrite)
@@ -167,7 +164,9 @@ def evaluate(
         ]
         session = _Session(suites, options, processor, journals, progress)
         if session.num_missing:
-            session.answer_all(_load_panel(folders, teacher, journals, processor, options))
+            panel = _load_panel(folders, teacher, journals, processor, options)
+            with keeping_answers(*(Path(candidate.out) for candidate in candidates)):
+                session.answer_all(panel)
         return [journal.finish() for journal in journals]
 
 
@@ -233,7 +232,7 @@ class _Session:
         options: Options,
         processor: Processor,
         journals: Sequence[Journal],
-        progress: ProgressCallback | None,
+        progress: Progress | None,
     ) -> None:
         self.suites = suites
         self.options = options

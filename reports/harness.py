@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +27,7 @@ import torch
 
 import nvvl
 from nvvl.errors import DataError, HardwareError
+from nvvl.progress import Progress
 from nvvl.quantize.journal import describe_arithmetic
 from nvvl.quantize.load import load_any
 from nvvl.quantize.staging import locked
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from nvvl.reports.harness_model import HarnessModel
-
-# (model and kind of request, answered so far, all)
-ProgressCallback = Callable[[str, int, int], None]
 
 TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
@@ -99,7 +97,7 @@ def run_tasks(
     label: str | None = None,
     tasks_folder: Path | None = None,
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> HarnessRun:
     """Run tasks on one checkpoint, but for those its folder has results of.
 
@@ -124,7 +122,7 @@ def run_tasks(
     require_lm_eval()
     options = options or HarnessOptions()
     manager = _open_tasks(tasks, tasks_folder)
-    with locked(out), keeping_answers(out):
+    with locked(out):
         store = HarnessStore.open(
             _new_run(folder, out, options, tasks_folder, label), overwrite=overwrite
         )
@@ -134,10 +132,11 @@ def run_tasks(
             store.begin(missing)
             if missing:
                 model = _load_model(folder, out, options, store.run.label, progress)
-                for task in missing:
-                    results, items = _run_task(model, loaded[task], options)
-                    store.finish(task, results, items)
-                    _say_what_was_cut(task, results, options)
+                with keeping_answers(out):
+                    for task in missing:
+                        results, items = _run_task(model, loaded[task], options)
+                        store.finish(task, results, items)
+                        _say_what_was_cut(task, results, options)
         return store.run.select(tasks)
 
 
@@ -239,7 +238,7 @@ def _load_model(
     out: Path,
     options: HarnessOptions,
     label: str,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> "HarnessModel":
     from nvvl.model.processor import Processor
     from nvvl.reports.harness_journal import ResponseJournal

@@ -26,12 +26,10 @@ from nvvl.model.generate import generate
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message, render_prompt
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.progress import Progress
 from nvvl.reports.generation_settings import GenerationSettings, longest_of
 from nvvl.reports.harness_journal import ResponseJournal
 from nvvl.reports.question import collate_ids
-
-# (kind of request, answered so far, all)
-ProgressCallback = Callable[[str, int, int], None]
 
 _HEAD_ROWS = 512  # tokens whose logits are held at once: (512, V) float32
 
@@ -64,7 +62,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         journal: ResponseJournal,
         batch_size: int,
         max_length: int,
-        progress: ProgressCallback | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Wrap a model.
 

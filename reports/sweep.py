@@ -24,10 +24,11 @@ from nvvl.errors import DataError
 from nvvl.model.config import VLMConfig
 from nvvl.model.processor import Processor
 from nvvl.model.tiling import choose_grid
+from nvvl.progress import Progress
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals, paired_difference
 from nvvl.reports.curves import Point, Speed, Sweep, SweepKind, require_replaceable, write_curves
-from nvvl.reports.evaluate import Candidate, Options, ProgressCallback, evaluate
+from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.journal import keeping_answers
 from nvvl.reports.question import prepare_question
 from nvvl.reports.run import RunResult
@@ -53,7 +54,7 @@ def run_sweep(
     num_timed: int = 8,
     num_new_tokens: int = 32,
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> Sweep:
     """Evaluate models at each value of a setting, time them, and write ``sweep-KIND.json``.
 
@@ -171,7 +172,7 @@ def _run_all(
     values: Sequence[float],
     teacher: Path | None,
     overwrite: bool,
-    progress: ProgressCallback | None,
+    progress: Progress | None,
 ) -> dict[tuple[str, float], RunResult]:
     """Return the run of each model and value."""
     keys = [(label, value) for value in values for label in candidates]

@@ -136,7 +136,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 load_library(source)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def memory_for_engines() -> Iterator[None]:
     """Let tiny engines be built whatever is free; a builder asks for 600 MB at least."""
     with pytest.MonkeyPatch.context() as patch:

@@ -63,7 +63,7 @@ def with_odd_width(make: MakeCheckpoint, folder: Path) -> Path:
 CASES = [
     (without_key, "config.json: missing norm_mean", "config.json that it was released with"),
     (of_another_architecture, "required architecture NemotronH", "MODEL must be a checkpoint of"),
-    (not_json, "config.json: not valid JSON", "source"),
+    (not_json, "config.json: not valid JSON", "download it again"),
     (without_a_tensor, f"{UP_PROJ} is missing", "download it again"),
     (of_another_shape, "has shape (64, 64), required (128, 64)", "download it again"),
     (of_another_dtype, f"{UP_PROJ}: required one of BF16", "give the BF16 checkpoint"),

@@ -450,10 +450,22 @@ def test_chat_samples_by_seed_and_ends_thinking(source: Path) -> None:
     [
         (["--thinking-budget", 5], "add --think"),
         (["--top-p", 0], "--top-p 0"),
+        (["--seed", 3], "change nothing at --temperature 0"),
     ],
 )
 def test_chat_names_options_without_effect(source: Path, options: list[object], part: str) -> None:
     assert_user_error(run("chat", source, "What?", *options), part)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "code"),
+    [("/think", [], 0), ("/no_think", ["--think"], 2), ("", ["--think"], 0), ("", [], 2)],
+)
+def test_thinking_budget_needs_a_question_that_is_thought_about(
+    source: Path, words: str, options: list[str], code: int
+) -> None:
+    asked = ("chat", source, f"What? {words}", "--thinking-budget", 0, "--max-new-tokens", 3)
+    assert run(*asked, *options).exit_code == code
 
 
 def test_model_that_memory_cannot_hold_is_refused_at_once(
@@ -463,8 +475,10 @@ def test_model_that_memory_cannot_hold_is_refused_at_once(
     assert run("quantize", "fp8", source, out, "--samples", 2).exit_code == 0
     monkeypatch.setattr("nvvl.model.memory.free_memory", lambda: 1000)
     for folder in (source, out):
-        assert_user_error(run("chat", folder, "What?"), f"{folder}: needs about")
-        evaluated = run("evaluate", folder, "--items", 2, "-o", tmp_path / "runs")
+        asked = run("chat", folder, "What?", "--device", "cpu")
+        assert_user_error(asked, f"{folder}: needs about")
+        options = ("--items", 2, "--device", "cpu", "-o", tmp_path / "runs")
+        evaluated = run("evaluate", folder, *options)
         assert_user_error(evaluated, f"{folder}: needs about")
 
 

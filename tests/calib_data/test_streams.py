@@ -11,6 +11,7 @@ from nvvl.calib_data.streams import open_dataset
 
 def test_local_file_is_opened_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)  # the library's default
     monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("session"))
     path = tmp_path / "rows.jsonl"

@@ -156,7 +156,7 @@ def in_two_processes() -> Callable[[Callable[[Processes], Any]], list[Any]]:
     """Return what runs a function as two processes, and gives what each returned or raised."""
 
     def run(work: Callable[[Processes], Any]) -> list[Any]:
-        rows, meet = [torch.empty(0)] * 2, Barrier(2, timeout=60)
+        rows, meet = [torch.empty(0)] * 2, Barrier(2, timeout=600)
         with ThreadPoolExecutor(2) as pool:
             futures = [pool.submit(work, ThreadProcess(index, rows, meet)) for index in range(2)]
         return [future.exception() or future.result() for future in futures]

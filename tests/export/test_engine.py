@@ -28,6 +28,8 @@ from nvvl.export.view import open_view
 
 Folders = Callable[[str], Path]
 
+pytestmark = pytest.mark.usefixtures("memory_for_engines")
+
 RECIPE = GraphRecipe(kv_capacity=64, prefill_tokens=32, max_tiles=2)
 BLACKWELL = EngineOptions(builder=TENSORRT_RTX, targets=("sm120",))
 ENGINE_MAGIC = b"vtrt"

@@ -33,6 +33,8 @@ from nvvl.export.runtime import EngineRunner
 from nvvl.model.hashing import hash_file
 from nvvl.model.processor import Message, Processor
 
+pytestmark = pytest.mark.usefixtures("memory_for_engines")
+
 FAKE = Path(__file__).with_name("fake_tensorrt.py")
 FIXED = GraphRecipe(dtype="f32", kv_capacity=32, prefill_tokens=16, max_batch=2, max_tiles=3)
 RECIPES = {

@@ -3,6 +3,7 @@
 The package is stood in for by its recurrence, token by token, with the signature it has.
 """
 
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         mamba_kernels._load.cache_clear()
 
+    monkeypatch.delenv("NVVL_KERNELS", raising=False)
     yield put
     mamba_kernels._load.cache_clear()
 
@@ -133,8 +135,10 @@ def test_kernels_that_disagree_are_left_alone(scan: Any, reason: str) -> None:
 def test_package_is_found_unless_the_environment_forbids(
     install: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mamba_kernels._load.cache_clear()
-    assert allowed_kernels() is None  # not installed here
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda _: None)
+        mamba_kernels._load.cache_clear()
+        assert allowed_kernels() is None
     install(mamba_chunk_scan_combined)
     assert allowed_kernels() is mamba_chunk_scan_combined
     monkeypatch.setenv("NVVL_KERNELS", "plain")
@@ -147,8 +151,25 @@ def test_broken_package_is_named(install: Callable[[Any], None]) -> None:
         assert allowed_kernels() is None
 
 
-def test_cpu_tensors_are_left_to_our_scans(install: Callable[[Any], None]) -> None:
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_scan_of_a_gpu_takes_the_kernels_unless_gradients_are_wanted(
+    install: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(mamba_chunk_scan_combined)
-    x = torch.zeros(1, 8, 4, 16, dtype=torch.bfloat16)
-    b = torch.zeros(1, 8, 2, 8, dtype=torch.bfloat16)
-    assert pick_kernels(x, b, b, CHUNK) is None
+    heads, head_dim, groups, width = SIZES
+    x = torch.randn(1, 2 * CHUNK, heads, head_dim).bfloat16()
+    b, c = torch.randn(2, 1, 2 * CHUNK, groups, width).bfloat16()
+    dt, state = torch.rand(1, 2 * CHUNK, heads), torch.zeros(1, heads, head_dim, width)
+    assert pick_kernels(x, dt, b, c, state, CHUNK) is None  # on a CPU
+    monkeypatch.setattr(mamba_kernels, "Tensor", OnGpu)
+    x, dt, b, c, state = (part.as_subclass(OnGpu) for part in (x, dt, b, c, state))
+    assert pick_kernels(x, dt, b, c, state, CHUNK) is not None
+    x.requires_grad_()
+    assert pick_kernels(x, dt, b, c, state, CHUNK) is None
+    with torch.no_grad():
+        assert pick_kernels(x, dt, b, c, state, CHUNK) is not None

@@ -24,6 +24,7 @@ from nvvl.quantize.modalities import CANDIDATES, LayerInputs
 from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe, Rule
+from nvvl.quantize.spill import SpillWriter
 from nvvl.quantize.statistics import InputStatistics, collect_input_statistics
 from nvvl.quantize.statistics_text import statistics_table
 from nvvl.quantize.walk import quantize_checkpoint
@@ -119,12 +120,21 @@ def test_items_that_memory_does_not_hold_give_the_same_statistics(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(
-        "nvvl.quantize.statistics.default_limits", lambda: Limits(activation_bytes=1)
-    )
-    found = collect_input_statistics(tiny_checkpoint, PRESETS["nvfp4"](), items)
-    assert found == statistics
-    assert list(tmp_path.iterdir()) == []
+    added: list[str] = []
+    add = SpillWriter.add
+
+    def count(writer: SpillWriter, name: str, tensor: Tensor) -> None:
+        added.append(name)
+        add(writer, name, tensor)
+
+    monkeypatch.setattr(SpillWriter, "add", count)
+    for budget, is_written in ((None, False), (1, True)):
+        limits = Limits(activation_bytes=budget)
+        monkeypatch.setattr("nvvl.quantize.statistics.default_limits", lambda held=limits: held)
+        found = collect_input_statistics(tiny_checkpoint, PRESETS["nvfp4"](), items)
+        assert found == statistics
+        assert bool(added) == is_written
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("preset", "image_weight"), [("fp8", 1.0), ("nvfp4", 0.3)])

@@ -16,6 +16,8 @@ from nvvl.reports import demo, demo_export
 from nvvl.reports.demo import _say_what_is_missing, run_demo
 from nvvl.reports.run import load_run
 
+pytestmark = pytest.mark.usefixtures("memory_for_engines")
+
 
 @pytest.fixture
 def source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:

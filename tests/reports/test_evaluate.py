@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from nvvl.calib_data.items import Item
 from nvvl.errors import CheckpointError, ConfigError, DataError, OutputError
 from nvvl.model.processor import Message
+from nvvl.progress import Progress
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports.collect import collect
-from nvvl.reports.evaluate import Candidate, Options, ProgressCallback, evaluate
+from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.run import RunResult, load_run
 from nvvl.reports.suites import Suite
 
@@ -65,7 +66,7 @@ def run(tiny_checkpoint: Path) -> Evaluate:
         suites: Sequence[Suite] = (NUMBERS, WORDS),
         label: str | None = None,
         teacher: Path | None = None,
-        progress: ProgressCallback | None = None,
+        progress: Progress | None = None,
         **options: int,
     ) -> RunResult:
         (result,) = evaluate(

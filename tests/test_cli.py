@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,23 @@ def test_flipped_byte_is_named_and_exit_1(quantized: Path, source: Path, tmp_pat
     assert result.exit_code == 1
     assert "failed: H1" in result.stdout
     assert "NOT verified" in result.stdout
+
+
+def test_pattern_that_reaches_too_far_is_named_and_exit_1(
+    quantized: Path, source: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(quantized, tmp_path / "broken"))
+    for name, keys in (
+        ("config.json", ("quantization_config", "ignore")),
+        ("hf_quant_config.json", ("quantization", "exclude_modules")),
+    ):
+        values = json.loads((broken / name).read_text())
+        values[keys[0]][keys[1]].append("*layers.1*")
+        (broken / name).write_text(json.dumps(values))
+    result = run("verify", broken, "--against", source, "--no-logits")
+    assert result.exit_code == 1
+    faults = [line for line in result.stdout.splitlines() if "*layers.1*" in line]
+    assert any(line.split()[1].startswith("E") for line in faults), result.stdout
 
 
 def test_existing_output_is_kept_unless_told_otherwise(quantized: Path, source: Path) -> None:

@@ -76,6 +76,7 @@ def test_root_holds_package_modules_only() -> None:
         "console.py",
         "errors.py",
         "options.py",
+        "progress.py",
     ]
 
 

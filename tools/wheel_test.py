@@ -39,6 +39,24 @@ def check_contents(wheel: Path) -> None:
         sys.exit(f"{wheel.name}: must not be there: {strays}; missing: {missing}")
 
 
+# What the new environment sees of its neighbour's packages: the core's alone.
+WITHOUT_EXTRAS = """
+import sys
+
+EXTRAS = {"av", "lm_eval", "mamba_ssm", "onnx", "onnxruntime", "pynvml", "pypdfium2"}
+EXTRAS |= {"tensorboardX", "tensorrt", "tensorrt_rtx"}
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
 def shipped_files() -> list[str]:
     """List what users need of the package's folders, relative to the root."""
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
@@ -55,6 +73,7 @@ def create_environment(folder: Path, wheel: Path) -> Path:
     subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
     purelib = sysconfig.get_path("purelib", vars={"base": str(folder)})
     Path(purelib, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(purelib, "sitecustomize.py").write_text(WITHOUT_EXTRAS)
     return folder / "bin"
 
 
@@ -82,6 +101,8 @@ def use(commands: Path, folder: Path) -> None:
         sys.exit(f"the embedded model comes from {embedded}, not from the wheel")
     run("nvvl-quantize", "fp8", "embedded", "fp8", "--samples", "4")
     run("nvvl", "verify", "fp8", "--against", "embedded")
+    run("nvvl", "evaluate", "embedded", "fp8", "--items", "4", "--gate", "0", "-o", "runs")
+    run("nvvl", "report", "runs/embedded", "runs/fp8", "-o", "report.html")
 
 
 def main() -> None:

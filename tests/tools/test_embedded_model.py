@@ -29,6 +29,10 @@ def processor() -> Processor:
     return Processor.from_folder(resolve_model("embedded"))
 
 
+def test_shipped_model_is_small() -> None:
+    assert (resolve_model("embedded") / "model.safetensors").stat().st_size <= 25_000_000
+
+
 @pytest.fixture
 def trainee() -> Trainee:
     trainee = Trainee(VLMConfig.from_dict(make_config()))

@@ -78,7 +78,9 @@ def test_right_ones_are_counted_by_stratum() -> None:
     assert tabulate(readings, size_stratum) == [("12 to 13 px", 2, 1), ("20 to 21 px", 1, 1)]
 
 
-def test_the_embedded_model_reads_most_lines() -> None:
-    readings = list(read(resolve_model("embedded"), "line", 24, seed=1))
+@pytest.mark.parametrize(("kind", "fewest"), [("line", 18), ("card", 16)])
+def test_the_embedded_model_reads_most_of_what_it_sees(kind: str, fewest: int) -> None:
+    readings = list(read(resolve_model("embedded"), kind, 24, seed=1))
     assert len(readings) == 24
-    assert sum(reading.is_right for reading in readings) >= 12
+    # three standard deviations below what 1,000 items gave the model that was shipped last
+    assert sum(reading.is_right for reading in readings) >= fewest

@@ -36,7 +36,7 @@ from nvvl.calib_data.counts import count_tokens, describe_processor
 from nvvl.calib_data.fingerprints import Fingerprints, Overlap, find_overlaps
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
-from nvvl.calib_data.source_spec import Documents, Source
+from nvvl.calib_data.source_spec import Documents, Hub, Shards, Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
 from nvvl.errors import DataError, OutputError, require_unread, writing
@@ -50,7 +50,7 @@ SuitePrints = Iterable[tuple[str, Fingerprints]]
 
 _VERSIONS = ("datasets", "pillow", "pyarrow", "av", "pypdfium2")
 _NUM_NAMED = 5  # overlaps that an error names
-_MOST_LEFT_OUT = 1000  # generated documents in a row; there is no end to them
+_MOST_LEFT_OUT = 1000  # in a row, of a source that has no end, or is as good as endless
 
 
 @dataclass
@@ -171,7 +171,7 @@ class _Builder:
         self.records.append(record)
         taken: list[tuple[int, Row]] = []
         ids: set[str] = set()
-        num_left_out = 0
+        num_left_out = 0  # in a row
         for place, candidate in _named(source, candidates):
             try:
                 item = finish_item(source, candidate.load())
@@ -181,15 +181,14 @@ class _Builder:
             except DataError as error:
                 self._require_skip(source, error)
                 record.bad.append({"id": candidate.item_id, "reason": str(error)})
-                continue
+                row = None
             if row is not None:
-                ids.add(item.item_id)
+                ids.add(row["id"])
                 taken.append((place, row))
-                self._report(source, len(taken))
+            self._report(source, len(taken))
             num_left_out = num_left_out + 1 if row is None else 0
-            if len(taken) == source.count or (
-                isinstance(source, Documents) and num_left_out == _MOST_LEFT_OUT
-            ):
+            has_no_end = isinstance(source, Documents | Hub | Shards)
+            if len(taken) == source.count or (has_no_end and num_left_out == _MOST_LEFT_OUT):
                 break
         _require_enough(source, record, len(taken))
         record.num_items = len(taken)
@@ -240,10 +239,11 @@ def _named(source: Source, candidates: Iterator[Candidate]) -> Iterator[Candidat
 
 def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> None:
     if num_taken == 0 or num_taken < (source.count or 0):
+        first = f"; the first bad one: {record.bad[0]['reason']}" if record.bad else ""
         raise DataError(
             f"{source.name}: required {source.count or 'at least 1'} items, got {num_taken} "
             f"({len(record.bad)} bad, {len(record.too_long)} too long, {len(record.duplicates)} "
-            "twice); lower count, or give the source more"
+            f"twice{first}); lower count, or give the source more"
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
-from nvvl.model.prompt import Message, render_segments
+from nvvl.model.prompt import Message, ends_with_question
 from nvvl.model.tiling import choose_grid
 from nvvl.model.video import frame_labels
 
@@ -53,9 +53,8 @@ def count_tokens(item: Item, processor: Processor) -> TokenCounts:
     num_frames = sum(len(video.frames) for video in item.videos)
     ids: list[int] = []
     num_answer = 0
-    segments = render_segments(
-        _stand_ins(item, processor), add_generation_prompt=False, reasoning=False
-    )
+    turns = _stand_ins(item, processor)
+    segments = processor.render(turns, add_generation_prompt=ends_with_question(turns))
     for segment in segments:
         piece = processor.tokenizer.encode(segment.text, add_special_tokens=False).ids
         ids += piece

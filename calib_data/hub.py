@@ -160,13 +160,14 @@ def _download(url: str, where: str) -> bytes:
     # "::" chains file systems, the last of which may be this machine's
     if not url.startswith(_REMOTE) or "::" in url:
         raise DataError(
-            f"{where}: required the bytes of an image or a URL ({', '.join(_REMOTE)}), got {url!r}"
+            f"{where}: required the bytes of an image or a URL ({', '.join(_REMOTE)}), got "
+            f"{url!r:.60}"
         )
     try:
         system, path = fsspec.core.url_to_fs(url)
         return bytes(system.cat_file(path))
     except Exception as error:  # whatever a client of the network raises
-        raise DataError(f"{where}: {url}: cannot be read ({first_line(error)})") from None
+        raise DataError(f"{where}: {url:.200}: cannot be read ({first_line(error)})") from None
 
 
 def _name(source: Hub) -> str:

@@ -68,6 +68,11 @@ def _parse_line(line: str, folder: Path, default_id: str) -> ItemSource:
     if not isinstance(row, dict):
         raise DataError(f"required a JSON object, got {type(row).__name__}")
     unknown = sorted(set(row) - set(_KEYS))
+    if "conversations" in unknown:
+        raise DataError(
+            "conversations: required messages, as role (user, assistant) and content in place of "
+            "from (human, gpt) and value"
+        )
     if unknown:
         raise DataError(f"unknown key {', '.join(unknown)}; required any of {', '.join(_KEYS)}")
     images = _parse_images(row, folder)
@@ -85,13 +90,13 @@ def _parse_images(row: dict[str, Any], folder: Path) -> tuple[Path, ...]:
         raise DataError("required image or images, got both")
     names = row.get("images", [row["image"]] if "image" in row else [])
     if not isinstance(names, list):
-        raise DataError(f"images: required a list of paths, got {names!r}")
+        raise DataError(f"images: required a list of paths, got {names!r:.60}")
     return tuple(_find(folder, name, "image") for name in names)
 
 
 def _find(folder: Path, name: object, what: str) -> Path:
     if not isinstance(name, str):
-        raise DataError(f"{what}: required a path, got {name!r}")
+        raise DataError(f"{what}: required a path, got {name!r:.60}")
     path = folder / name
     try:
         is_file = path.is_file()
@@ -113,14 +118,41 @@ def parse_messages(rows: object) -> tuple[Message, ...]:
     messages = []
     for index, row in enumerate(rows):
         where = f"messages[{index}]"
-        if not isinstance(row, dict) or set(row) != {"role", "content"}:
-            raise DataError(f"{where}: required an object with role and content, got {row!r}")
-        if not isinstance(row["content"], str):
-            raise DataError(f"{where}.content: required a string, got {row['content']!r}")
-        messages.append(Message(row["role"], row["content"]))
+        # tables fill what one message has and another lacks with nulls
+        is_object = isinstance(row, dict)
+        keys = {key for key, value in row.items() if value is not None} if is_object else None
+        if keys != {"role", "content"}:
+            raise DataError(f"{where}: required an object with role and content, got {row!r:.60}")
+        content = row["content"]
+        if isinstance(content, list):
+            content = join_parts(content, f"{where}.content")
+        if not isinstance(content, str):
+            raise DataError(f"{where}.content: required a string, got {content!r:.60}")
+        messages.append(Message(row["role"], content))
     if not any(message.role == "user" for message in messages):
         raise DataError("messages: required at least one of role user")
     return tuple(messages)
+
+
+def join_parts(parts: list[Any], where: str) -> str:
+    """Write the parts of a message as one text, with placeholders for images and videos.
+
+    Raises:
+        DataError: if a part is neither text nor a placeholder; pictures are named beside messages.
+    """
+    pieces = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        elif kind in ("image", "video"):
+            pieces.append(f"<{kind}>\n")
+        else:
+            raise DataError(
+                f"{where}: required parts of type text, image or video, got {part!r:.60}; name "
+                "pictures as image or images, beside messages"
+            )
+    return "".join(pieces)
 
 
 def place_media(

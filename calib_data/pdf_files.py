@@ -70,10 +70,12 @@ def _load(file: Path, item_id: str, pages: range, question: str, dpi: int) -> It
             where = f"{file}: page {number + 1}"
             with _page(document, number, where) as page:
                 images.append(_render(page, dpi, where))
-                texts.append(None if _has_fields(page) else _text(page))
+                text = _text(page)
+                is_scan = not text and _has_picture(page)
+                texts.append(None if is_scan or _has_fields(page) else text)
     messages = [Message("user", "<image>\n" * len(images) + question)]
     text = "\n\n".join(filter(None, texts))
-    if text and None not in texts:
+    if text and None not in texts:  # else of some page nobody says what it shows
         messages.append(Message("assistant", text))
     return Item(item_id=item_id, messages=tuple(messages), images=tuple(images), domain=PDF)
 
@@ -130,6 +132,12 @@ def _has_fields(page: "PdfPage") -> bool:
         found = found or raw.FPDFAnnot_GetSubtype(annotation) == raw.FPDF_ANNOT_WIDGET
         raw.FPDFPage_CloseAnnot(annotation)
     return found
+
+
+def _has_picture(page: "PdfPage") -> bool:
+    from pypdfium2 import raw
+
+    return any(True for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
 
 
 def _text(page: "PdfPage") -> str:

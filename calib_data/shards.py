@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.jsonl_files import join_parts
 from nvvl.calib_data.source_spec import Shards
 from nvvl.calib_data.sources import IMAGE_SUFFIXES, ItemSource, failing_source
 from nvvl.errors import DataError, first_line
@@ -130,7 +131,7 @@ def _image_names(row: Mapping[str, Any]) -> list[str]:
 def _make_item(row: Mapping[str, Any], data: list[bytes], item_id: str, where: str) -> Item:
     try:
         messages = tuple(
-            Message(message["role"], _join(message["content"])) for message in row["messages"]
+            Message(message["role"], _text(message["content"])) for message in row["messages"]
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
@@ -140,13 +141,5 @@ def _make_item(row: Mapping[str, Any], data: list[bytes], item_id: str, where: s
     return Item(item_id=item_id, messages=messages, images=images)
 
 
-def _join(content: str | list[dict[str, Any]]) -> str:
-    """Write the parts of a message as one text with placeholders."""
-    if isinstance(content, str):
-        return content
-    pieces = []
-    for part in content:
-        if part["type"] not in ("text", "image"):
-            raise DataError(f"messages: parts of type {part['type']} are not read from shards")
-        pieces.append("<image>\n" if part["type"] == "image" else str(part["text"]))
-    return "".join(pieces)
+def _text(content: str | list[Any]) -> str:
+    return content if isinstance(content, str) else join_parts(content, "messages")

@@ -18,7 +18,9 @@ from nvvl.errors import DataError
 from nvvl.model.prompt import Message
 from nvvl.model.tiling import open_image
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+)
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 DEFAULT_QUESTION = "Describe the image."
 CONTINUE = "Continue the text."
@@ -126,7 +128,13 @@ def list_files(path: Path, suffixes: Sequence[str], what: str) -> dict[str, Path
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
     files = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    found = {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
+    named = {file.relative_to(path): file for file in files if file.is_file()}
+    # what is hidden is a system's: copies, and Apple's "._photo.jpg", which holds no picture
+    found = {
+        name.as_posix(): file
+        for name, file in named.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
     if not found:
         raise DataError(f"{path}: required at least one {what} ({', '.join(suffixes)}), found none")
     return dict(sorted(found.items()))

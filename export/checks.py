@@ -26,7 +26,7 @@ class Check:
     """The outcome of one check.
 
     Attributes:
-        rule: Id of the rule (C1 to E5 of the serving contract, or a proof: A1, V1, H1, L1).
+        rule: Id of the rule (C1 to E5 of the serving contract, or a proof: A1, V1, H1, L1, L2).
         name: What is demanded, in a few words.
         passed: True, False, or None if it was not checked.
         detail: What was found; names every fault up to a handful, then counts.

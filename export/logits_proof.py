@@ -7,7 +7,8 @@ fit nothing is compared. While a model runs, a digest of every module's output i
 logits differ, the first module that differs is named.
 
 Equality is exact: same kernels, same order, same machine. It says nothing about how good the
-quantized model is (`nvvl.reports`).
+quantized model is (`nvvl.reports`), and both sides have the same input scales; so these are
+compared with what the linears see, which finds scales of another unit, model or kind of item.
 """
 
 import hashlib
@@ -24,12 +25,21 @@ from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.tensor_files import tensor_bytes
 from nvvl.model.processor import ModelInputs, Processor, collate
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.formats import E2M1_MAX, E4M3_MAX
+from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.load import fake_quant_model, load_any
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item
 
 LOGITS = ("L1", "logits equal the calibrated model's bit for bit")
+SCALES = ("L2", "input scales fit what linears see")
+
+# Between the largest input of a few items and the largest that a scale can write. A set of a
+# thousand items may have seen larger ones, and `image_weight` clips to an eighth at most.
+_MOST_BEYOND = 16.0
+_LEAST_USED = 1 / 4096
+_LARGEST = {"fp8": E4M3_MAX, "nvfp4": E2M1_MAX * E4M3_MAX}
 
 # Items looked through for one with an image and one without.
 _NUM_CANDIDATES = 16
@@ -37,14 +47,24 @@ _NUM_CANDIDATES = 16
 
 @dataclass
 class _Trace:
-    """What one model did with one item: logits and a digest of each module's output, in order."""
+    """What one model did with one item.
+
+    Attributes:
+        logits: All of them.
+        digests: Of each module's output, in order.
+        reaches: Of each linear with an input scale: its largest input over the largest that the
+            scale can write.
+    """
 
     logits: Tensor
     digests: list[tuple[str, str]]
+    reaches: dict[str, float]
 
 
-def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None" = None) -> Check:
-    """Run the written and the calibrated model over a few items and compare.
+def prove_logits(
+    out: Path, source: Path, *, probe_items: "Sequence[Item] | None" = None
+) -> list[Check]:
+    """Run the written and the calibrated model over a few items; compare them, and their scales.
 
     Args:
         out: the written checkpoint.
@@ -55,22 +75,45 @@ def prove_logits(out: Path, source: Path, *, probe_items: "Sequence[Item] | None
     try:
         processor = Processor.from_folder(source)
     except ConfigError as fault:
-        return not_checked(*LOGITS, str(fault))
+        return leave_out(str(fault))
     inputs = [processor(item.messages, images=item.images, videos=item.videos) for item in items]
     try:
         written = _run(lambda: load_any(out), inputs)
         calibrated = _run(lambda: fake_quant_model(source, out), inputs)
     except HardwareError as shortage:
-        return not_checked(*LOGITS, f"{shortage}; or pass --no-logits")
+        return leave_out(f"{shortage}; or pass --no-logits")
     except SourceError:  # of the disk, not of the checkpoint
         raise
     except NvvlError as fault:
-        return judge(*LOGITS, [str(fault)])
+        return [judge(*LOGITS, [str(fault)]), not_checked(*SCALES, "a model could not be run")]
     faults = []
     for item, one, two in zip(items, written, calibrated, strict=True):
         faults += _compare(item.item_id, one, two)
     num_tokens = sum(len(item.input_ids) for item in inputs)
-    return judge(*LOGITS, faults, note=f"{len(items)} items, {num_tokens} tokens")
+    note = f"{len(items)} items, {num_tokens} tokens"
+    return [judge(*LOGITS, faults, note=note), _judge_scales(written)]
+
+
+def leave_out(reason: str) -> list[Check]:
+    """Return both checks as not made, and why."""
+    return [not_checked(*LOGITS, reason), not_checked(*SCALES, reason)]
+
+
+def _judge_scales(traces: Sequence[_Trace]) -> Check:
+    largest: dict[str, float] = {}
+    for trace in traces:
+        for fqn, reach in trace.reaches.items():
+            largest[fqn] = max(reach, largest.get(fqn, 0.0))
+    faults = [
+        f"{fqn}: inputs reach {reach:.3g} times what its input_scale can write; calibrate again, "
+        "on items like those it will see"
+        for fqn, reach in largest.items()
+        if not _LEAST_USED <= reach <= _MOST_BEYOND
+    ]
+    if not largest:
+        return judge(*SCALES, (), note="no inputs are quantized")
+    note = f"{min(largest.values()):.2g} to {max(largest.values()):.2g} of what scales can write"
+    return judge(*SCALES, faults, note=note)
 
 
 def default_probe_items() -> "list[Item]":
@@ -92,12 +135,16 @@ def _run(load: Callable[[], NemotronNanoVL], inputs: Sequence[ModelInputs]) -> l
 @torch.inference_mode()
 def _trace(model: NemotronNanoVL, inputs: ModelInputs) -> _Trace:
     digests: list[tuple[str, str]] = []
+    reaches: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, Tensor):
                 digests.append((name, _digest(first)))
+            if isinstance(module, QuantizedLinear) and module.linear_format in _LARGEST:
+                held = float(module.input_scale) * _LARGEST[module.linear_format]
+                reaches[name] = max(float(args[0].abs().max()) / held, reaches.get(name, 0.0))
 
         return keep
 
@@ -111,7 +158,7 @@ def _trace(model: NemotronNanoVL, inputs: ModelInputs) -> _Trace:
     finally:
         for hook in hooks:
             hook.remove()
-    return _Trace(logits, digests)
+    return _Trace(logits, digests, reaches)
 
 
 def _digest(tensor: Tensor) -> str:

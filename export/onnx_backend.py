@@ -15,6 +15,8 @@ from nvvl.export.onnx_export import export_onnx, file_faults
 from nvvl.export.onnx_io import IO_NAME
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
+from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.memory import require_memory
 from nvvl.quantize.staging import MANIFEST_NAME
 
 
@@ -25,6 +27,7 @@ def open_graphs(folder: Path) -> Iterator[GraphFolder]:
     Raises:
         EngineError: if files of the folder are not those that were written.
         CheckpointError: if a checkpoint is not what its manifest says.
+        HardwareError: if memory cannot hold the graphs of a checkpoint.
     """
     if (folder / IO_NAME).is_file():
         faults = file_faults(folder)
@@ -34,10 +37,18 @@ def open_graphs(folder: Path) -> Iterator[GraphFolder]:
         return
     if not (folder / "config.json").is_file():
         raise EngineError(f"{folder}: required a checkpoint, or graphs that nvvl export onnx wrote")
+    # prefill and decode hold the weights each
+    require_memory(2 * float32_bytes(folder), str(folder), "cpu")
     with tempfile.TemporaryDirectory(prefix="nvvl-") as parent:
         dest = Path(parent) / "graphs"
         export_onnx(folder, dest, GraphRecipe(dtype="f32", kv_cache="growing"))
         yield GraphFolder(dest)
+
+
+def float32_bytes(folder: Path) -> int:
+    """Return about how many bytes a checkpoint's weights take in float32."""
+    infos = Checkpoint(folder).tensors.values()
+    return 4 * sum(2 * info.numel if info.dtype == "U8" else info.numel for info in infos)
 
 
 def describe(graphs: GraphFolder) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from nvvl.errors import CheckpointError, ConfigError, EngineError, NvvlError
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import default_probe_items
+from nvvl.export.onnx_backend import float32_bytes
 from nvvl.export.onnx_export import file_faults, read_manifest
 from nvvl.export.onnx_io import read_io
 from nvvl.export.onnx_language import BACKBONE
@@ -201,8 +202,7 @@ def _memory_needed(run: Path) -> int:
     All is float32: the torch model, the language model in two graphs, and whichever graph is being
     opened once more.
     """
-    infos = Checkpoint(run).tensors.values()
-    return 4 * 4 * sum(2 * info.numel if info.dtype == "U8" else info.numel for info in infos)
+    return 4 * float32_bytes(run)
 
 
 @dataclass

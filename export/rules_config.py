@@ -25,7 +25,8 @@ _VLLM_KEYS = (
     "norm_std",
     "use_thumbnail",
 )
-_TRTLLM_KEYS = ("img_context_token_id", "video_context_token_id", "torch_dtype")
+_TRTLLM_KEYS = ("img_context_token_id", "video_context_token_id")
+_DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 5 writes the second, and reads both
 # Files a server reads beside weights and config; copied, never rewritten.
 _COPIED = (
     "tokenizer*",
@@ -75,7 +76,10 @@ def c2_vllm_keys(view: CheckpointView) -> Sequence[str]:
 @rule("C3", "keys that TensorRT-LLM reads", servers="T")
 def c3_trtllm_keys(view: CheckpointView) -> Sequence[str]:
     """C3: TensorRT-LLM also needs token ids and torch_dtype."""
-    return [f"{key}: missing" for key in _TRTLLM_KEYS if key not in view.config]
+    faults = [f"{key}: missing" for key in _TRTLLM_KEYS if key not in view.config]
+    if not any(key in view.config for key in _DTYPE_KEYS):
+        faults.append("torch_dtype: missing")
+    return faults
 
 
 @rule("C4", "no dynamic resolution", servers="V", silent=True)

@@ -78,6 +78,11 @@ def _find_tensorrt_llm(view: CheckpointView) -> Findings:
     notes.append("with pruned videos it takes no batch that mixes them with prompts without one")
     if _algo(view) == "W4A16_NVFP4":
         notes.append("weights-only NVFP4 came in 2026: older releases may refuse W4A16_NVFP4")
+    if _algo(view) == "MIXED_PRECISION":
+        notes.append(
+            "mixed formats need a release that strips 'language_model.' from quantized_layers: "
+            "older ones find none of them and build every layer in 16 bits"
+        )
     if _algo(view) in ("NVFP4", "MIXED_PRECISION"):
         notes.append(_HOPPER_NOTE)
     return obstacles, notes

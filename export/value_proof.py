@@ -317,5 +317,11 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _describe_difference(got: Tensor, wanted: Tensor) -> str:
-    places = got.ne(wanted).nonzero().flatten()
-    return f"{len(places)} bytes differ, first at byte {int(places[0])}"
+    count, first = 0, 0
+    for start in range(0, len(got), _PIECE):
+        differs = got[start : start + _PIECE].ne(wanted[start : start + _PIECE])
+        found = int(differs.count_nonzero())
+        if found and not count:
+            first = start + int(differs.to(torch.uint8).argmax())
+        count += found
+    return f"{count} bytes differ, first at byte {first}"

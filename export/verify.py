@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvvl.errors import CheckpointError, writing
 from nvvl.export.checks import Check, judge, not_checked
-from nvvl.export.logits_proof import LOGITS, prove_logits
+from nvvl.export.logits_proof import leave_out, prove_logits
 from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.tensor_proof import prove_tensors
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 _READABLE = ("A1", "files can be read")
 
-# Rules about server configs; a checkpoint that breaks only these still loads here.
-_CONFIG_RULES = ("C", "E")
+# Rules of server configs, of the rest of config.json, of side files and of stray ones: a checkpoint
+# that breaks only these still has the tensors it should have.
+_OTHER_RULES = ("C", "E", "A2", "H3", "N8")
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,15 @@ def verify(
         return VerificationReport(out, source, (judge(*_READABLE, [str(fault)]),))
     tensors = prove_tensors(view, progress=progress)
     checks = [judge(*_READABLE, ()), *check_server_rules(view), *tensors.checks]
-    broken = any(c.passed is False and not c.rule.startswith(_CONFIG_RULES) for c in checks)
+    broken = any(c.passed is False and not c.rule.startswith(_OTHER_RULES) for c in checks)
     if not logits:
-        checks.append(not_checked(*LOGITS, "left out on request"))
+        checks += leave_out("left out on request")
     elif broken:
-        checks.append(not_checked(*LOGITS, "tensors failed their checks, so logits must differ"))
+        checks += leave_out("tensors failed their checks, so logits must differ")
     elif source is None:
-        checks.append(not_checked(*LOGITS, "needs the source"))
+        checks += leave_out("needs the source")
     else:
-        checks.append(prove_logits(out, source, probe_items=probe_items))
+        checks += prove_logits(out, source, probe_items=probe_items)
     if graphs is not None:
         checks += _prove_graphs(out, graphs, broken, probe_items, progress)
     return VerificationReport(out, source, tuple(checks), tensors.sqnr_db)

@@ -451,12 +451,17 @@ def _head_dim(values: Mapping[str, Any]) -> int:
 
 def _numbers(values: Any, count: int, where: str) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(value) for value in values)
+        numbers = tuple(float(_untagged(value)) for value in values)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != count:
         raise ConfigError(f"{where}: required {count} numbers, got {values!r}")
     return numbers
+
+
+def _untagged(value: Any) -> Any:
+    """Read infinity as transformers 5 writes it: ``{"__float__": "Infinity"}``."""
+    return value.get("__float__") if isinstance(value, dict) else value
 
 
 def _triple(values: Any, where: str) -> tuple[float, float, float]:

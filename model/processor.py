@@ -23,6 +23,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from nvvl.errors import ConfigError, DataError
+from nvvl.model.chat_template import read_bos
 from nvvl.model.config import VLMConfig
 from nvvl.model.prompt import CONTROL_TOKENS, END_OF_TURN, Message, Segment, render_segments
 from nvvl.model.tiling import normalize, split_image
@@ -86,10 +87,16 @@ class Processor:
         config: The model's config.
         tokenizer: The model's tokenizer; truncation and padding stored in it are switched off.
         max_num_tiles: Most tiles an image is cut into, without the thumbnail.
+        bos: What every prompt begins with; empty for most models of the family.
     """
 
     def __init__(
-        self, config: VLMConfig, tokenizer: Tokenizer, *, max_num_tiles: int | None = None
+        self,
+        config: VLMConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_num_tiles: int | None = None,
+        bos: str = "",
     ) -> None:
         """Check that the tokenizer belongs to the model.
 
@@ -97,6 +104,7 @@ class Processor:
             config: The model's config.
             tokenizer: The model's tokenizer.
             max_num_tiles: The config's value if None.
+            bos: What every prompt begins with.
 
         Raises:
             ConfigError: if the tokenizer lacks a special token, gives one another id than the
@@ -107,6 +115,7 @@ class Processor:
         _check_tokenizer(config, tokenizer)
         self.config = config
         self.tokenizer = tokenizer
+        self.bos = bos
         self.max_num_tiles = config.max_num_tiles if max_num_tiles is None else max_num_tiles
         self._placeholder = re.compile(
             f"({re.escape(config.image_token)}|{re.escape(config.video_token)})"
@@ -127,7 +136,10 @@ class Processor:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific
             raise ConfigError(f"{path}: not a tokenizer file ({error})") from None
-        return cls(config, tokenizer, max_num_tiles=max_num_tiles)
+        bos = read_bos(Path(folder))
+        if bos and tokenizer.token_to_id(bos) is None:
+            raise ConfigError(f"{path}: lacks {bos!r}, with which the chat template begins")
+        return cls(config, tokenizer, max_num_tiles=max_num_tiles, bos=bos)
 
     def __call__(
         self,
@@ -160,7 +172,7 @@ class Processor:
         tiles_of_images = [self._image_tiles(image, limit) for image in images]
         tiles_of_videos = [self._video_tiles(video) for video in videos]
         media = self._expand(messages, tiles_of_images, videos, tiles_of_videos)
-        segments = render_segments(
+        segments = self.render(
             media.messages,
             add_generation_prompt=add_generation_prompt,
             reasoning=reasoning,
@@ -185,8 +197,25 @@ class Processor:
             DataError: as the call itself, but for pictures that cannot be used.
         """
         self._check_placeholders(messages, images, videos)
-        segments = render_segments(messages, add_generation_prompt=False, reasoning=False)
+        segments = self.render(messages, add_generation_prompt=False)
         return any(segment.is_answer and segment.text for segment in segments)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        reasoning: bool = False,
+        keep_thinking: bool = False,
+    ) -> list[Segment]:
+        """Render a conversation as the model's template does; see `render_segments`."""
+        segments = render_segments(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            reasoning=reasoning,
+            keep_thinking=keep_thinking,
+        )
+        return [Segment(self.bos, False), *segments] if self.bos else segments
 
     def decode(self, ids: Sequence[int]) -> str:
         r"""Turn ids into text without special tokens.

@@ -74,6 +74,11 @@ class Segment:
     is_answer: bool
 
 
+def ends_with_question(messages: Sequence[Message]) -> bool:
+    """Tell whether it is the model's turn."""
+    return bool(messages) and messages[-1].role != "assistant"
+
+
 def render_prompt(
     messages: Sequence[Message],
     *,
@@ -156,15 +161,19 @@ def resolve_reasoning(messages: Sequence[Message], reasoning: bool) -> bool:
     for message in messages:
         if message.role == "assistant":
             continue
-        if "/think" in message.content:  # "/no_think" does not contain it
+        content = message.content.replace(_THINK_END, "")  # a tag is no switch
+        if "/think" in content:  # "/no_think" does not contain it
             reasoning = True
-        elif "/no_think" in message.content:
+        elif "/no_think" in content:
             reasoning = False
     return reasoning
 
 
 def _strip_switches(content: str) -> str:
-    return _checked(content.replace("/think", "").replace("/no_think", "").strip())
+    parts = (
+        part.replace("/think", "").replace("/no_think", "") for part in content.split(_THINK_END)
+    )
+    return _checked(_THINK_END.join(parts).strip())
 
 
 def _drop_reasoning(content: str) -> str:

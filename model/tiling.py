@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 from nvvl.errors import DataError
@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"image: {width} x {height} pixels are more than the limit of {MAX_IMAGE_PIXELS}; "
             "scale the image down first"
         )
-    upright = ImageOps.exif_transpose(image)
+    upright = _turn_upright(image)
     if upright.mode.startswith("I"):
         return _from_16_bit(upright).convert("RGB")
     if upright.mode == "F":
@@ -166,6 +166,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if upright.has_transparency_data:
         return _on_white(upright)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+# What each value of the EXIF tag Orientation asks for.
+_ORIENTATION = 0x0112
+_SAYS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Turn a photo as its EXIF data say; data that cannot be read say nothing, as for servers."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever Pillow raises on tags of another type than they should have
+        return image
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    for key in _SAYS_ORIENTATION:  # it is upright now
+        upright.info.pop(key, None)
+    return upright
 
 
 @lru_cache

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nvvl.calib_data.items import Item, item_hash, naming_item
 from nvvl.errors import CalibrationError, OutputError
 from nvvl.model.processor import Processor
+from nvvl.model.prompt import ends_with_question
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.estimate import SPAN_TILES, SPAN_TOKENS
 from nvvl.quantize.spill import Spill, SpillWriter
@@ -135,7 +136,12 @@ class Activations:
         for index, item in enumerate(self._items):  # items may be made anew on each access
             self.records.append((item.item_id, item_hash(item)))
             with naming_item(item.item_id):
-                inputs = self._processor(item.messages, images=item.images, videos=item.videos)
+                inputs = self._processor(
+                    item.messages,
+                    images=item.images,
+                    videos=item.videos,
+                    add_generation_prompt=ends_with_question(item.messages),
+                )
             self._input_ids.append(inputs.input_ids[None])
             self._hidden.append(None)
             # pixels of one item at a time: as float32 they are larger than all later activations

@@ -127,8 +127,12 @@ class HarnessModel(LM):  # type: ignore[misc]
         roles = {"system": "system", "user": "user", "assistant": "assistant"}
         messages = [Message(roles[turn["role"]], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
         if not add_generation_prompt and messages and messages[-1].role == "assistant":
-            return render_prompt(messages[:-1], add_generation_prompt=True) + messages[-1].content
-        return render_prompt(messages, add_generation_prompt=add_generation_prompt)
+            return self._render(messages[:-1], True) + messages[-1].content
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        segments = self.processor.render(messages, add_generation_prompt=add_generation_prompt)
+        return "".join(segment.text for segment in segments)
 
     @property
     def tokenizer_name(self) -> str:

@@ -8,7 +8,7 @@ from nvvl.calib_data.documents import KINDS, make_document
 from nvvl.calib_data.items import Item, document_item
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
-from nvvl.model.prompt import Message
+from nvvl.model.prompt import Message, ends_with_question
 from nvvl.model.video import Video
 
 ASK = Message("user", "What is it?")
@@ -21,7 +21,12 @@ def picture(width: int, height: int) -> Image.Image:
 def compare(item: Item, processor: Processor) -> None:
     """The counts are those of what the processor makes of the same item."""
     counts = count_tokens(item, processor)
-    inputs = processor(item.messages, images=item.images, videos=item.videos)
+    inputs = processor(
+        item.messages,
+        images=item.images,
+        videos=item.videos,
+        add_generation_prompt=ends_with_question(item.messages),
+    )
     is_image = inputs.input_ids == processor.config.image_token_id
     num_video = 0 if inputs.video_mask is None else int(inputs.video_mask.sum())
     assert counts.total == len(inputs.input_ids)

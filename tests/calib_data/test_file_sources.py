@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from pypdfium2 import PdfDocument
 
 from nvvl.calib_data.built import read_rows
 from nvvl.calib_data.manifest import load_calibration_set
@@ -44,6 +46,20 @@ def test_resolution_and_pages_of_an_item_are_chosen(make_pdf: MakePdf) -> None:
     assert pair.messages[0].content == "<image>\n<image>\nTranscribe."
     assert pair.messages[1].content == "one"
     assert (rest.item_id, rest.messages[1].content) == ("a.pdf#3", "three")
+
+
+def test_scan_among_typed_pages_leaves_the_item_without_an_answer(
+    make_pdf: MakePdf, tmp_path: Path
+) -> None:
+    typed, scan = make_pdf("typed.pdf", "one"), tmp_path / "scan.pdf"
+    Image.new("RGB", (80, 60), "gray").save(scan)
+    joined = PdfDocument.new()
+    for file in (typed, scan):
+        joined.import_pages(PdfDocument(file))
+    joined.save(tmp_path / "both.pdf")
+    (pair,) = read_pdf(tmp_path / "both.pdf", pages_per_item=2)
+    assert [message.role for message in pair.messages] == ["user"]
+    assert len(pair.images) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"%PDF-1.7\nnot really", b"hello"])

@@ -115,6 +115,17 @@ def test_what_a_dataset_lacks_is_named(build: Build, change: dict[str, Any], pro
         build({**TABLE, "count": 1, **change})
 
 
+def test_a_dataset_of_bad_rows_alone_is_given_up(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvvl.calib_data.build._MOST_LEFT_OUT", 5)
+    lines = [json.dumps({"ask": "Why?", "say": number}) for number in range(50)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = {**TABLE, "dataset": "json", "data_files": ["rows.jsonl"], "count": 10}
+    with pytest.raises(DataError, match=r"got 0 \(5 bad, .*; the first bad one: .*train-0: mess"):
+        build({**source, "messages": "say"}, skip_bad=True)
+
+
 def test_json_lines_are_read(build: Build, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "a b c d"}\n{"body": "e f g h"}\n')
     build(

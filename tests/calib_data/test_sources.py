@@ -98,6 +98,12 @@ def test_folder_is_read_in_the_order_of_paths(tmp_path: Path) -> None:
     assert [source.item_id for source in folder_items(tmp_path)] == ["a.png", "a/c.PNG", "b.png"]
 
 
+def test_hidden_files_are_no_pictures_of_the_user(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", ".checkpoints/a.png"):
+        save_image(tmp_path / name)
+    assert [source.item_id for source in folder_items(tmp_path)] == ["a.png"]
+
+
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     with pytest.raises(DataError, match=r"required at least one image .* found none"):
@@ -156,8 +162,16 @@ def test_jsonl_lines_become_items(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: required an object with role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"messages\[0\].content: required a string",
+            r"messages\[0\].content: required parts of type text, image or video",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"image_url": "data:" + "A" * 9000}]}]},
+            "name pictures as image or images, beside messages",
+        ),
+        ({"messages": [{"role": "user", "content": {"a": "A" * 9000}}]}, "required a string"),
+        ({"image": {"bytes": "A" * 9000}, "messages": ASK}, "image: required a path"),
+        ({"images": {"a": "A" * 9000}, "messages": ASK}, "images: required a list of paths"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "conversations: required messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "role must be .* got 'robot'"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "at least one of role user"),
         ({"image": "b.png", "messages": ASK}, "image: .*b.png: no such file"),
@@ -180,8 +194,19 @@ def test_jsonl_lines_become_items(tmp_path: Path) -> None:
 def test_bad_line_is_named_with_its_number(tmp_path: Path, row: object, problem: str) -> None:
     save_image(tmp_path / "a.png")
     path = write_lines(tmp_path, {"id": "first", "messages": ASK}, "", row)
-    with pytest.raises(DataError, match=rf"items.jsonl:3: .*{problem}"):
+    with pytest.raises(DataError, match=rf"items.jsonl:3: .*{problem}") as caught:
         jsonl_items(path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_messages_in_parts_and_with_nulls_are_those_of_plain_ones(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    row = {"role": "user", "content": parts, "name": None, "tool_calls": None}
+    plain = {"role": "user", "content": "<image>\nWhat is it?"}
+    path = write_lines(tmp_path, *({"image": "a.png", "messages": [turn]} for turn in (row, plain)))
+    one, other = (source.load() for source in jsonl_items(path))
+    assert one.messages == other.messages
 
 
 def test_file_that_is_no_jsonl_is_refused(tmp_path: Path) -> None:

@@ -74,9 +74,10 @@ def test_sound_folder_gives_the_calibrated_models_logits(
     written: Folders, source: Path, probes: list[Item], scheme: str
 ) -> None:
     report = verify(written(scheme), source, probe_items=probes)
-    logits = report.checks[-1]
+    logits, scales = report.checks[-2:]
     assert (logits.rule, logits.status) == ("L1", "passed")
     assert logits.detail.startswith("2 items, ")
+    assert (scales.rule, scales.status) == ("L2", "passed"), scales.detail
     assert report.passed
 
 
@@ -89,10 +90,30 @@ def test_first_module_that_differs_is_named(
     amaxes = load_file(path)
     amaxes[f"{UP_PROJ}.{key}"] *= factor
     save_file(amaxes, path)
-    check = prove_logits(out, source, probe_items=probes)
+    check, _ = prove_logits(out, source, probe_items=probes)
     assert check.passed is False
     assert len(check.faults) == 2
     assert all(fault.endswith(f"first at {UP_PROJ}") for fault in check.faults)
+
+
+@pytest.mark.parametrize("factor", [1 / 100, 1e5])
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4"])
+def test_scales_that_do_not_fit_what_linears_see_are_named(
+    source: Path, probes: list[Item], tmp_path: Path, preset: str, factor: float
+) -> None:
+    out = tmp_path / "out"
+    items = CalibrationSet(tuple(probes), "probes", len(probes))
+    quantize_checkpoint(source, out, PRESETS[preset](), items)
+    for name, leaf in (("calibration.amax", "input_amax"), ("model.safetensors", "input_scale")):
+        tensors = load_file(out / name)
+        for key in tensors:
+            if key.endswith(leaf):
+                tensors[key] *= factor
+        save_file(tensors, out / name)
+    logits, scales = prove_logits(out, source, probe_items=probes)
+    assert logits.passed is True, logits.detail  # both sides are wrong alike
+    assert scales.passed is False
+    assert any(UP_PROJ in fault for fault in scales.faults)
 
 
 def test_linear_that_one_model_alone_quantizes_is_named(
@@ -105,7 +126,7 @@ def test_linear_that_one_model_alone_quantizes_is_named(
     amaxes = load_file(out / "calibration.amax")
     kept = {name: amax for name, amax in amaxes.items() if UP_PROJ not in name}
     save_file(kept, out / "calibration.amax")
-    check = prove_logits(out, source, probe_items=probes)
+    check, _ = prove_logits(out, source, probe_items=probes)
     assert UP_PROJ in check.detail
 
 
@@ -114,7 +135,7 @@ def test_folder_that_does_not_load_fails_with_the_reason(
 ) -> None:
     out = copy_of("fp8")
     (out / "recipe.json").unlink()
-    check = prove_logits(out, source, probe_items=probes)
+    check, _ = prove_logits(out, source, probe_items=probes)
     assert check.passed is False
     assert "recipe.json" in check.detail
 
@@ -124,7 +145,7 @@ def test_source_without_a_tokenizer_reads_not_checked(
 ) -> None:
     copied = Path(shutil.copytree(source, tmp_path / "source"))
     (copied / "tokenizer.json").unlink()
-    check = prove_logits(written("fp8"), copied, probe_items=probes)
+    check, _ = prove_logits(written("fp8"), copied, probe_items=probes)
     assert check.passed is None
     assert "tokenizer.json: not found" in check.detail
 
@@ -138,8 +159,9 @@ def test_logits_read_not_checked_where_the_model_does_not_fit(
     monkeypatch.setattr("nvvl.model.memory.free_memory", lambda: int(0.99 * weights))
     monkeypatch.setattr("nvvl.quantize.load.materialize", None)  # nothing is loaded
     report = verify(out, source, probe_items=probes)
-    logits = report.checks[-1]
+    logits, scales = report.checks[-2:]
     assert (logits.rule, logits.status) == ("L1", "not checked")
+    assert (scales.rule, scales.status, scales.detail) == ("L2", "not checked", logits.detail)
     assert f"{out}: needs about 0.0 GB of memory, 0.0 GB are free; end other" in logits.detail
     assert logits.detail.endswith("or pass --no-logits")
     assert report.passed
@@ -150,6 +172,6 @@ def test_logits_are_not_compared_where_tensors_failed(
 ) -> None:
     out = copy_of("fp8")
     (out / "manifest.json").write_text("{}")
-    logits = verify(out, source, probe_items=probes).checks[-1]
+    logits = verify(out, source, probe_items=probes).checks[-2]
     assert (logits.rule, logits.status) == ("L1", "not checked")
     assert "failed" in logits.detail

@@ -142,6 +142,11 @@ def test_hf_quant_config_fault_is_found_and_named(
     assert named in failed(with_hf(make_view(), **changes))[rule].detail
 
 
+def test_dtype_may_be_spelt_as_transformers_5_does(make_view: ViewFactory) -> None:
+    view = with_config(make_view(), torch_dtype=None, dtype="bfloat16")
+    assert "C3" not in failed(view)
+
+
 def test_config_without_its_twin_is_found(make_view: ViewFactory) -> None:
     view = replace(make_view(), hf_quant_config=None)
     assert {"C8", "C10"} <= failed(view).keys()

@@ -43,6 +43,7 @@ def test_raw_config_is_kept_to_be_written_back(full_size: Config) -> None:
     [
         ("[0.0, Infinity]", (0.0, math.inf)),
         ('[0.0, "Infinity"]', (0.0, math.inf)),
+        ('[0.0, {"__float__": "Infinity"}]', (0.0, math.inf)),  # as transformers 5 writes it
         ("[0.001, 0.1]", (0.001, 0.1)),
     ],
 )

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nvvl.calib_data.counts import count_tokens
+from nvvl.calib_data.items import Item
 from nvvl.errors import ConfigError, DataError
 from nvvl.model.config import VLMConfig
 from nvvl.model.processor import Batch, Message, ModelInputs, Processor, Video, collate
@@ -299,6 +301,49 @@ def test_processor_from_folder_ignores_stored_truncation(tmp_path: Path) -> None
         .encode(render_prompt(turns, add_generation_prompt=False))
         .ids
     )
+
+
+def template_folder(folder: Path, *, where: str, bos: object) -> Path:
+    template = "{#- of this model -#}\n{{- bos_token -}}{%- for message in messages -%}"
+    tokenizer = make_tokenizer(IMAGE_TOKENS)
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    language = CONFIG["llm_config"] | {"vocab_size": 512}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"llm_config": language}))
+    values = {} if bos is None else {"bos_token": bos}
+    if where == "file":
+        (folder / "chat_template.jinja").write_text(template)
+    elif where == "one":
+        values["chat_template"] = template
+    else:
+        values["chat_template"] = [{"name": "default", "template": template}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["file", "one", "several"])
+@pytest.mark.parametrize("bos", ["<s>", {"content": "<s>"}])
+def test_prompt_begins_with_bos_where_the_template_does(
+    tmp_path: Path, where: str, bos: object
+) -> None:
+    processor = Processor.from_folder(template_folder(tmp_path, where=where, bos=bos))
+    turns = [Message("user", "What is the total?")]
+    ids = processor(turns, add_generation_prompt=True).input_ids.tolist()
+    first = processor.tokenizer.token_to_id("<s>")
+    plain = processor.tokenizer.encode(render_prompt(turns), add_special_tokens=False).ids
+    assert ids == [first, *plain]
+    item = Item("x", tuple(turns), (), ())
+    assert count_tokens(item, processor).total == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("bos", "message"),
+    [(None, "begins with bos_token, which"), ("<bos>", "lacks '<bos>'")],
+)
+def test_bos_that_cannot_be_written_is_refused(tmp_path: Path, bos: object, message: str) -> None:
+    folder = template_folder(tmp_path, where="file", bos=bos)
+    with pytest.raises(ConfigError, match=message):
+        Processor.from_folder(folder)
 
 
 def test_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ def test_last_turn_with_a_switch_decides(
     assert "/no_think" not in prompt
 
 
+def test_closing_tag_is_no_switch() -> None:
+    prompt = render_prompt([Message("user", "Translate: </think> tag /no_think")], reasoning=True)
+    assert "User\nTranslate: </think> tag\n" in prompt
+    assert prompt.endswith("<think></think>")
+    assert render_prompt([Message("user", "the </think> tag")]).endswith("<think></think>")
+
+
 def test_switch_in_an_assistant_turn_is_text() -> None:
     prompt = render_prompt([AGAIN, Message("assistant", "Type /think."), AGAIN])
     assert "Type /think." in prompt

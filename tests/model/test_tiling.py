@@ -1,10 +1,11 @@
+import struct
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional
 
 from nvvl.errors import DataError
@@ -190,6 +191,24 @@ def test_exif_rotation_is_applied_once(tmp_path: Path, suffix: str) -> None:
     assert upright.size == (16, 8)
     assert upright.convert("L").getpixel((1, 4)) == pytest.approx(255, abs=8)  # JPEG is lossy
     assert upright.convert("L").getpixel((14, 4)) == pytest.approx(0, abs=8)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_exif_turn_is_that_of_pillow(value: int) -> None:
+    image = noise(5, 7).convert("RGB")
+    image.getexif()[0x0112] = value
+    expected = ImageOps.exif_transpose(image)
+    assert to_rgb(image).tobytes() == expected.tobytes()
+    assert to_rgb(image).size == expected.size
+
+
+def test_exif_tags_of_a_wrong_type_do_no_harm(tmp_path: Path) -> None:
+    # Orientation 6 (SHORT), and XResolution as ASCII, which rewriting the tags would fail on
+    entries = [(0x0112, 3, 1, b"\x06\x00\x00\x00"), (0x011A, 2, 3, b"72\x00\x00")]
+    packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\x00\x00II*\x00" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+    noise(8, 16).convert("RGB").save(tmp_path / "a.jpg", exif=exif)
+    assert to_rgb(open_image(tmp_path / "a.jpg")).size == (16, 8)
 
 
 def test_animated_file_gives_its_first_frame(tmp_path: Path) -> None:

@@ -154,6 +154,20 @@ def test_the_image_gate_needs_the_image_to_matter(
     assert (gate.blank.estimate, gate.other.estimate) == (num_blank / 20, num_other / 20)
 
 
+def test_the_gate_of_a_suite_without_exact_answers_goes_by_its_score() -> None:
+    run = make_run("BF16", [False] * 20, blank=[False] * 20, other=[False] * 20)
+    scores = {"right": 0.9, "blank": 0.1, "other": 0.1}
+    for same, passed in ((False, True), (True, False)):
+        answers = tuple(
+            replace(answer, score=0.5 if same else scores[answer.condition])
+            for answer in run.answers
+        )
+        settings = replace(run.settings, metrics=("character_accuracy", "character_accuracy"))
+        gate = collect([replace(run, settings=settings, answers=answers)]).runs[0].gate
+        assert gate is not None
+        assert gate.passed is passed
+
+
 def test_the_gate_fails_a_model_that_is_better_without_the_image() -> None:
     run = make_run("BF16", [False] * 20, blank=[True] * 20, other=[False] * 20)
     gate = collect([run]).runs[0].gate

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from nvvl.compiler import describe_cpu
 from nvvl.errors import HardwareError
 from nvvl.model.config import VLMConfig
 from nvvl.model.memory import free_memory
@@ -50,6 +51,8 @@ _LEAST_ITEMS = 2
 _WORK_PER_HASHED_BYTE = 5.0
 _MATRIX_FRACTION = 0.6
 _GPU_FLOPS = 150e12
+# How many times faster than float32 a CPU multiplies bfloat16, by the units it has.
+_BF16_UNITS = {"amx_bf16": 8, "avx512_bf16": 2}
 _MEASURE_SIZE = 768
 _MEASURE_BYTES = 8 * 2**20
 
@@ -164,11 +167,14 @@ def measure_rates() -> Rates:
     a_thread = 2 * _MEASURE_SIZE**3 / _cpu_seconds(lambda: matrix @ matrix)
     hashed = _MEASURE_BYTES / _cpu_seconds(lambda: hashlib.sha256(data).digest())
     threads = num_threads()
+    features = describe_cpu().split()
+    units = next((times for name, times in _BF16_UNITS.items() if name in features), 1)
     text = (
-        f"measured here: {threads} threads of {a_thread / 1e9:.0f} GFLOP/s in float32, "
+        f"measured here: {threads} threads of {a_thread / 1e9:.0f} GFLOP/s in float32"
+        f"{f', {units} times that by bfloat16 units' if units > 1 else ''}; "
         f"{hashed / 1e9:.1f} GB/s hashed"
     )
-    return Rates(flops=threads * a_thread, hashed_bytes=hashed, text=text)
+    return Rates(flops=units * threads * a_thread, hashed_bytes=hashed, text=text)
 
 
 def num_threads() -> int:

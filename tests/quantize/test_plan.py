@@ -262,6 +262,18 @@ def test_time_follows_the_rates_of_the_machine(config_12b: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "times"), [("avx2", 1), ("avx512_bf16", 2), ("avx512_bf16 amx_bf16", 8)]
+)
+def test_units_for_bfloat16_count(flags: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "describe_cpu", lambda: f"flags\t\t: fpu {flags} sse")
+    monkeypatch.setattr(estimate_module, "_cpu_seconds", lambda _: 1.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    measured = measure_rates()
+    assert measured.flops == times * 3 * 2 * 768**3
+    assert (f"{times} times that" in measured.text) == (times > 1)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("6GB", 6 * 10**9), ("6 GiB", 6 * GIB), ("900MB", 9 * 10**8), ("1.5G", 15 * 10**8), ("7", 7)],
 )

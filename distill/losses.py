@@ -165,7 +165,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scale = gradients[0]
-        hidden, head = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.grads)
+        # a number of float32, which leaves BF16 gradients BF16 and is not rounded itself
+        hidden, head = (None if grad is None else grad * scale for grad in ctx.grads)
         return hidden, head, None, None, None
 
 
@@ -205,8 +206,9 @@ def _kl_of_top(student: Tensor, teacher: TopRows) -> Tensor:
     differences = torch.where(tail > 0, teacher.log_tail - log_tail, torch.zeros_like(tail))
     loss = (probability * (teacher.log_probs - top)).sum() + (tail * differences).sum()
     # q - p for the top tokens; for the others q, less the tail's probability shared out as q is
-    share = torch.where(tail > 0, tail * torch.exp(-log_tail), torch.zeros_like(tail))
-    student.copy_(log_probs).exp_().mul_(1 - share[:, None])
+    student.copy_(log_probs).exp_()
+    within = log_probs.sub_(torch.where(log_tail.isfinite(), log_tail, 0.0)[:, None]).exp_()
+    student.sub_(within.mul_(tail[:, None]))
     student.scatter_(-1, teacher.tokens, top.exp() - probability)
     return loss
 

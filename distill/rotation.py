@@ -40,7 +40,9 @@ def expected_harm(
         sensitivities, gains or [torch.ones(())] * len(sensitivities), strict=True
     ):
         inputs = sensitivity.inputs.diagonal() * gain.square()
-        gradients = sensitivity.gradients.diagonal() / gain.square()
+        # a channel without gain carries nothing that could be harmed
+        costs = sensitivity.gradients.diagonal() / gain.square()
+        gradients = torch.where(gain != 0, costs, torch.zeros_like(costs))
         total += float((_blocks(inputs).sum(-1) * _blocks(gradients).sum(-1)).sum())
     return total
 
@@ -60,9 +62,14 @@ def learn_rotation(
 
     Returns:
         R, (D, D) float32 orthogonal, to be multiplied from the right; and the sum above with it.
+        The identity and zero if none of the inputs matters.
     """
-    inputs = torch.stack([s.inputs for s in sensitivities])
-    gradients = torch.stack([s.gradients for s in sensitivities])
+    live = [sensitivity for sensitivity in sensitivities if _matters(sensitivity)]
+    if not live:
+        like = sensitivities[0].inputs
+        return torch.eye(len(like), device=like.device), 0.0
+    inputs = torch.stack([s.inputs for s in live])
+    gradients = torch.stack([s.gradients for s in live])
     scale = (
         inputs.diagonal(dim1=1, dim2=2).sum(1) * gradients.diagonal(dim1=1, dim2=2).sum(1)
     ).sum()
@@ -90,10 +97,18 @@ def learn_rotation(
 
 def best_gains(sensitivity: Sensitivity, rotation: Tensor) -> Tensor:
     """Return the gains g of the channels of a turned input, (D,) float32, geometric mean 1."""
+    if not _matters(sensitivity):
+        return torch.ones(len(rotation), device=rotation.device)
     energy = _energies(rotation, sensitivity.inputs)
     sensitive = _energies(rotation, sensitivity.gradients)
     logs = (sensitive / energy).log() / 4
     return (logs - logs.mean()).exp()
+
+
+def _matters(sensitivity: Sensitivity) -> bool:
+    """Tell whether an input carries something, and the output changes with it."""
+    traces = (side.diagonal().sum() for side in (sensitivity.inputs, sensitivity.gradients))
+    return all(float(trace) > 0 for trace in traces)
 
 
 def _turn(start: Tensor, free: Tensor, identity: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nvvl.quantize import fp8, nvfp4
-from nvvl.quantize.formats import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
+from nvvl.quantize.formats import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_POSITIVE
 from nvvl.quantize.recipe import Format
 
 
@@ -72,7 +72,8 @@ def _nvfp4_slope(x: Tensor, rounded: Tensor, block_scales: Tensor, scale: Tensor
     ideal = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX
     codes = (ideal / scale).clamp(max=E4M3_MAX)
     step = block_scales.unsqueeze(-1) * scale
-    step_slope = torch.where(codes < E4M3_MAX, step - ideal, step) / scale
+    is_free = (codes < E4M3_MAX) & (codes > E4M3_MIN_POSITIVE)  # else the block scale is clamped
+    step_slope = torch.where(is_free, step - ideal, step) / scale
     values = rounded.unflatten(-1, (-1, BLOCK_SIZE))
     inside = blocks.abs() <= E2M1_MAX * step
     slope = torch.where(inside, values - blocks, values) / step * step_slope

@@ -245,10 +245,10 @@ def ssm_scan(
         y (B, T, H, P) float32 and the state after the last token (B, H, P, N) float32.
     """
     chunk = chunk_length(chunk_size, x.device)
-    compiled = pick_scan(x, dt, b, c, state) if chunk == CHUNK else None  # packed rows or not
+    compiled = pick_scan(x, dt, a, b, c, d, state) if chunk == CHUNK else None  # packed rows or not
     if compiled is not None:
         return compiled(x, dt, a, b, c, d, state, keep=keep)
-    kernels = pick_kernels(x, dt, b, c, state, chunk)
+    kernels = pick_kernels(x, dt, a, b, c, d, state, chunk_size=chunk)
     if kernels is not None:
         return kernels(x, dt, a, b, c, d, state, chunk_size=chunk, keep=keep)
     if x.is_cuda or x.shape[1] <= CPU_SPAN:

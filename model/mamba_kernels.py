@@ -26,7 +26,15 @@ _CHECKED_CHUNKS = 3
 
 
 def pick_kernels(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk_size: int
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    chunk_size: int,
 ) -> "MambaKernels | None":
     """Return the kernels if they can take these arguments of `nvvl.model.mamba2.ssm_scan`."""
     inputs = (x, dt, b, c, state)
@@ -34,7 +42,7 @@ def pick_kernels(
         x.is_cuda
         and x.dtype == b.dtype == c.dtype == torch.bfloat16
         and all(type(part) is Tensor for part in inputs)
-        and not (torch.is_grad_enabled() and any(part.requires_grad for part in inputs))
+        and not (torch.is_grad_enabled() and any(part.requires_grad for part in (*inputs, a, d)))
         and not torch.compiler.is_compiling()
     )
     scan = allowed_kernels() if fits else None

@@ -29,7 +29,9 @@ LANES = 16
 """Head dim and state size have to be multiples of this."""
 
 
-def pick_scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor) -> "CompiledScan | None":
+def pick_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+) -> "CompiledScan | None":
     """Return the compiled scan if it can take these arguments of `nvvl.model.mamba2.ssm_scan`."""
     inputs = (x, dt, b, c, state)
     fits = (
@@ -37,7 +39,7 @@ def pick_scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor) -> "Co
         and all(type(part) is Tensor and part.device.type == "cpu" for part in inputs)
         and x.shape[3] % LANES == b.shape[3] % LANES == 0
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and any(part.requires_grad for part in inputs))
+        and not (torch.is_grad_enabled() and any(part.requires_grad for part in (*inputs, a, d)))
         and not torch.compiler.is_compiling()
     )
     return allowed_scan() if fits else None

@@ -128,6 +128,44 @@ def test_top_tokens_give_the_kl_of_kept_tokens_and_tail(num_tokens: int) -> None
         torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # tails are differences
 
 
+@pytest.mark.parametrize("lead", [20.0, 97.0, 150.0])
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_tail_that_float32_cannot_hold_has_a_finite_gradient(lead: float, is_equal: bool) -> None:
+    logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    logits[1, 5] += lead
+    theirs = logits if is_equal else logits + torch.linspace(0, 1, 64)
+    top = take_top(theirs, 4)
+    student = Rows(logits.clone().requires_grad_(), torch.eye(64))
+    chunked_loss("kl", student, teacher=top).backward()
+    exact = logits.double().requires_grad_()
+    log_probs = exact.log_softmax(-1)
+    ours = log_probs.gather(-1, top.tokens)
+    tail = log_probs.scatter(-1, top.tokens, -torch.inf).logsumexp(-1)
+    kept, rest = top.log_probs.double(), top.log_tail.double()
+    loss = (kept.exp() * (kept - ours)).sum() + (rest.exp() * (rest - tail)).sum()
+    (loss / 3).backward()
+    assert student.hidden.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(student.hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_of_a_row_is_not_rounded_to_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16()
+    head = torch.randn(50, 32, generator=generator).bfloat16()
+    teacher = Rows(torch.randn(64, 32, generator=generator).bfloat16(), head)
+    gradients = []
+    for share in (1.0, 1 / 3):
+        student = Rows(hidden.clone().requires_grad_(), head)
+        (share * chunked_loss("kl", student, teacher=teacher)).backward()
+        assert student.hidden.grad is not None
+        assert student.hidden.grad.dtype == torch.bfloat16
+        gradients.append(student.hidden.grad.double().flatten())
+    whole, third = gradients
+    # each number rounds by 2**-9 at most, and the mean of 2,048 of them by far less
+    assert float(whole @ third / (whole @ whole)) == pytest.approx(1 / 3, rel=3e-4)
+
+
 def test_all_tokens_kept_give_the_whole_kl() -> None:
     student, teacher, targets = make_rows(9, 61)
     top = take_top(teacher.hidden @ teacher.head.T, 100)

@@ -1,5 +1,6 @@
 """Rotations and gains: what they promise of the error of NVFP4, and that it holds."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,3 +101,23 @@ def test_channels_without_energy_get_finite_gains() -> None:
     rotation, _ = learn_rotation([sensitivity], num_steps=5)
     assert rotation.isfinite().all()
     assert best_gains(sensitivity, torch.eye(SIZE)).isfinite().all()
+
+
+def test_input_that_nothing_depends_on_is_left_out() -> None:
+    x, u = planted(turned=orthogonal(0))
+    live, dead = make_sensitivity(x, u), make_sensitivity(x, torch.zeros_like(u))
+    alone, harm = learn_rotation([live], num_steps=5)
+    beside, same = learn_rotation([dead, live], num_steps=5)
+    assert torch.equal(alone, beside)
+    assert harm == same
+    rotation, nothing = learn_rotation([dead], num_steps=5)
+    assert torch.equal(rotation, torch.eye(SIZE))
+    assert nothing == 0
+    assert torch.equal(best_gains(dead, rotation), torch.ones(SIZE))
+
+
+def test_channel_whose_gain_is_zero_harms_nothing() -> None:
+    x, u = planted(turned=torch.eye(SIZE))
+    gain = torch.ones(SIZE)
+    gain[3], u[:, 3] = 0, 0
+    assert math.isfinite(expected_harm([make_sensitivity(x, u)], [gain]))

@@ -48,6 +48,17 @@ def test_scale_gradient_is_that_of_the_surrogate(linear_format: Format, clipping
     assert float(expected) != 0
 
 
+def test_block_scale_at_its_least_follows_the_tensor_scale() -> None:
+    x = torch.full((1, 16), 0.004)
+    scale = torch.tensor(1.0, requires_grad=True)
+    rounded = fake_quantize(x, scale, "nvfp4")
+    (found,) = torch.autograd.grad(rounded.sum(), scale)
+    # block scale 2**-9 whatever the scale is: codes 0.004 * 512 = 2.05 are 2, and the slope of
+    # 2 * 2**-9 * S - x through a straight-through code is code - x / step, times 2**-9
+    expected = 16 * (2 - 0.004 * 512) / 512
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("linear_format", ["fp8", "nvfp4"])
 def test_too_small_a_scale_is_pushed_up(linear_format: Format) -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))

@@ -165,11 +165,12 @@ def test_scan_of_a_gpu_takes_the_kernels_unless_gradients_are_wanted(
     x = torch.randn(1, 2 * CHUNK, heads, head_dim).bfloat16()
     b, c = torch.randn(2, 1, 2 * CHUNK, groups, width).bfloat16()
     dt, state = torch.rand(1, 2 * CHUNK, heads), torch.zeros(1, heads, head_dim, width)
-    assert pick_kernels(x, dt, b, c, state, CHUNK) is None  # on a CPU
+    a, d = -torch.rand(heads), torch.rand(heads)
+    assert pick_kernels(x, dt, a, b, c, d, state, chunk_size=CHUNK) is None  # on a CPU
     monkeypatch.setattr(mamba_kernels, "Tensor", OnGpu)
     x, dt, b, c, state = (part.as_subclass(OnGpu) for part in (x, dt, b, c, state))
-    assert pick_kernels(x, dt, b, c, state, CHUNK) is not None
+    assert pick_kernels(x, dt, a, b, c, d, state, chunk_size=CHUNK) is not None
     x.requires_grad_()
-    assert pick_kernels(x, dt, b, c, state, CHUNK) is None
+    assert pick_kernels(x, dt, a, b, c, d, state, chunk_size=CHUNK) is None
     with torch.no_grad():
-        assert pick_kernels(x, dt, b, c, state, CHUNK) is not None
+        assert pick_kernels(x, dt, a, b, c, d, state, chunk_size=CHUNK) is not None

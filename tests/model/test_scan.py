@@ -173,24 +173,28 @@ def test_the_mixer_uses_it_for_bfloat16_without_gradients(
     scan: CompiledScan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = make_arguments(30)
-    x, dt, _, b, c, _, state = arguments
+    x, *others = arguments
     expected = scan(*arguments, keep=None)
     assert_same(ssm_scan(*arguments, chunk_size=128), expected)
 
     class Wrapped(Tensor):
         pass
 
-    assert pick_scan(x, dt, b, c, state) is scan
-    assert pick_scan(x.float(), dt, b, c, state) is None
-    assert pick_scan(x[..., :24], dt, b, c, state) is None
-    assert pick_scan(x.to("meta"), dt, b, c, state) is None
-    assert pick_scan(x.as_subclass(Wrapped), dt, b, c, state) is None
+    assert pick_scan(x, *others) is scan
+    assert pick_scan(x.float(), *others) is None
+    assert pick_scan(x[..., :24], *others) is None
+    assert pick_scan(x.to("meta"), *others) is None
+    assert pick_scan(x.as_subclass(Wrapped), *others) is None
     with_gradient = x.detach().clone().requires_grad_()
-    assert pick_scan(with_gradient, dt, b, c, state) is None
+    assert pick_scan(with_gradient, *others) is None
     with torch.no_grad():
-        assert pick_scan(with_gradient, dt, b, c, state) is scan
+        assert pick_scan(with_gradient, *others) is scan
+    for index in (2, 5):  # a and d, of parameters
+        learned = [*arguments]
+        learned[index] = learned[index].detach().clone().requires_grad_()
+        assert pick_scan(*learned) is None
     monkeypatch.setenv("NVVL_KERNELS", "plain")
-    assert pick_scan(x, dt, b, c, state) is None
+    assert pick_scan(x, *others) is None
 
 
 def test_gradients_still_flow(scan: CompiledScan) -> None:

@@ -8,11 +8,12 @@ keeps its traceback. Results go to stdout, progress to stderr.
 
 import sys
 from io import TextIOWrapper
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import nvvl
 from nvvl.calib_data.command import show
 from nvvl.distill.command import distill, precompute, rotate
 from nvvl.errors import NvvlError, ReportedError, first_line
@@ -107,10 +108,28 @@ app.command(epilog='Example: nvvl chat embedded --image page.png "What is the to
 app.command(epilog="Example: nvvl demo -o demo")(demo)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"nvvl {nvvl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Take what belongs to no verb."""
+
+
 @app.command(epilog="Example: ls $(nvvl path embedded)")
 def path(model: ModelArgument) -> None:
     """Print the folder that a MODEL argument means."""
-    from nvvl.model.load import resolve_model
+    from nvvl.model.resolve import resolve_model
 
     print(resolve_model(model))
 

@@ -144,4 +144,6 @@ def print_table(table: Table) -> None:
 
 
 def _open_console(stream: TextIO) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else _FILE_WIDTH)
+    # names of layers and models may have brackets, which are no markup
+    width = None if stream.isatty() else _FILE_WIDTH
+    return Console(file=stream, width=width, markup=False)

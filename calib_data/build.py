@@ -261,12 +261,12 @@ def _check_overlaps(
             progress("compared with suites", number, num_suites)
     if overlaps and not allow:
         named = ", ".join(
-            f"{overlap.item_id} shares a {overlap.kind} with {overlap.other_id}"
+            f"{overlap.item_id} shares a {overlap.kind} with {overlap.other_id} of {overlap.suite}"
             for overlap in overlaps[:_NUM_NAMED]
         )
         rest = f" and {len(overlaps) - _NUM_NAMED} more" if len(overlaps) > _NUM_NAMED else ""
         raise DataError(
-            f"the set overlaps with what models are evaluated on: {named}{rest}; leave these out, "
+            f"the set overlaps with what is held out from it: {named}{rest}; leave these out, "
             "or say --allow-overlap, which records them"
         )
     return overlaps

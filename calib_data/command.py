@@ -32,6 +32,7 @@ def show(
     from nvvl.console import print_json, print_table
 
     manifest = read_manifest(Path(spec)) if is_built(Path(spec)) else None
+    items = load_calibration_set(spec, num_items=samples, seed=seed).items
     if save is not None:
         _make_new_folder(save)
     if manifest is not None and not as_json:
@@ -39,7 +40,7 @@ def show(
             print_table(table)
         print(f"{Path(spec) / SHEET}\n")
     rows = []
-    for place, item in enumerate(load_calibration_set(spec, num_items=samples, seed=seed).items):
+    for place, item in enumerate(items):
         pictures = [*item.images, *(frame for video in item.videos for frame in video.frames)]
         row = {"id": item.item_id, "sha256": item_hash(item), "domain": item.domain}
         turns = [asdict(message) for message in item.messages]

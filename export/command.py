@@ -204,9 +204,12 @@ def chat(
         text = processor.decode(result.ids)
         print_json({"model": str(folder), "question": question, "answer": text, **values})
     else:
+        rate = (
+            f", {result.tokens_per_s:.1f} tokens/s after the first" if result.tokens_per_s else ""
+        )
+        said = f"tokens: {len(result.ids)}{rate}" if result.ids else "the model ended at once"
         print(
-            f"{len(result.ids)} tokens, {result.tokens_per_s:.1f} tokens/s after the first "
-            f"({result.first_token_s:.2f} s, prompt of {result.prompt_tokens}), {name}",
+            f"{said} ({result.first_token_s:.2f} s, prompt of {result.prompt_tokens}), {name}",
             file=sys.stderr,
         )
 

@@ -135,7 +135,7 @@ def verify(
     if graphs is not None:
         require_onnx(runtime=True)
     if not out.is_dir():
-        raise CheckpointError(f"{out}: no such folder; give the folder of a checkpoint")
+        raise CheckpointError(f"{out}: no such folder; give one that nvvl quantize wrote")
     source_view = None if source is None else _open_source(source)
     try:
         view = open_view(out, source=source_view)

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from nvvl.quantize.estimate import Estimate, Limits
+from nvvl.quantize.estimate import Estimate, Limits, parse_memory
 from nvvl.quantize.plan import Plan
 
 _GIB = 2**30
@@ -48,8 +48,8 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> list[str]:
         f"{len(plan.shards)} files",
         f"output: {word} {plan.output_bytes:,} bytes, and manifest.json of about "
         f"{plan.manifest_bytes:,}",
-        f"memory: about {estimate.memory_bytes / 1e9:.1f} GB at peak, with {estimate.assumed}; "
-        f"--memory from {_round_up(estimate.minimum_bytes)} on takes less",
+        f"memory: about {estimate.memory_bytes / 1e9:.1f} GB at peak, with {estimate.assumed}"
+        f"{_least_memory(estimate)}",
         *([] if limits is None else [_limits_line(estimate, limits)]),
         f"time: about {_format_seconds(estimate.seconds)} (rates {estimate.rates})",
         f"disk: up to {plan.disk_bytes:,} bytes while running, {plan.free_bytes:,} free here"
@@ -73,6 +73,14 @@ def _limits_line(estimate: Estimate, limits: Limits) -> str:
 def _missing_disk(plan: Plan) -> str:
     missing = plan.disk_bytes - plan.free_bytes
     return f": {missing:,} bytes TOO FEW" if missing > 0 else ""
+
+
+def _least_memory(estimate: Estimate) -> str:
+    """Say from where on --memory helps, if it does."""
+    least = _round_up(estimate.minimum_bytes)
+    if parse_memory(least) >= estimate.memory_bytes:
+        return ""
+    return f"; --memory from {least} on takes less"
 
 
 def _round_up(num_bytes: int) -> str:

@@ -30,6 +30,7 @@ from nvvl.reports.run import Answer, RunResult
 from nvvl.reports.tasks import TaskComparison, compare_tasks
 
 SIGNIFICANCE = 0.05
+_FEWEST_GATE_ITEMS = 6  # 5 of 5 have p = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class ImageGate:
     Attributes:
         passed: the right image does better than both: each at p < 0.05 by McNemar's test, or, if
             the suite's metric is another than exact match, by a 95 % interval of it above zero.
+            None of fewer items than that test could ever tell by.
     """
 
     suite: str
@@ -95,7 +97,7 @@ class ImageGate:
     other: Interval
     p_blank: float
     p_other: float
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +286,7 @@ def _judge_gate(run: RunResult) -> ImageGate | None:
         other=_exact_match(other),
         p_blank=p_values[0],
         p_other=p_values[1],
-        passed=passed,
+        passed=passed if len(right) >= _FEWEST_GATE_ITEMS else None,
     )
 
 

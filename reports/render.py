@@ -206,7 +206,7 @@ def _gate(run: RunScore) -> str:
     if run.gate is None:
         return _NONE
     rates = (run.gate.right, run.gate.blank, run.gate.other)
-    verdict = "yes" if run.gate.passed else "NO"
+    verdict = {True: "yes", False: "NO", None: "too few items"}[run.gate.passed]
     return f"{verdict} ({' / '.join(f'{100 * rate.estimate:.1f}' for rate in rates)})"
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
+import nvvl
 from nvvl.cli import app, main, quantize_main
 from nvvl.quantize import walk as walk_module
 
@@ -146,7 +147,7 @@ def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: str) -> Path:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("nvvl.model.load.resolve_model", fail)
+    monkeypatch.setattr("nvvl.model.resolve.resolve_model", fail)
     assert isinstance(run("path", "embedded").exception, RuntimeError)
 
 
@@ -164,7 +165,7 @@ def test_too_little_memory_is_one_line_and_exit_2(
     def fail(model: str) -> Path:
         raise error
 
-    monkeypatch.setattr("nvvl.model.load.resolve_model", fail)
+    monkeypatch.setattr("nvvl.model.resolve.resolve_model", fail)
     assert_user_error(
         run("path", "embedded"), "out of memory (", "--device cpu", "a smaller --batch for"
     )
@@ -174,7 +175,7 @@ def test_interrupt_is_one_line_and_exit_130(monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(model: str) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nvvl.model.load.resolve_model", interrupt)
+    monkeypatch.setattr("nvvl.model.resolve.resolve_model", interrupt)
     result = run("path", "embedded")
     assert result.exit_code == 130
     assert result.stderr.startswith("error: interrupted")
@@ -199,6 +200,11 @@ def test_flipped_byte_is_named_and_exit_1(quantized: Path, source: Path, tmp_pat
     assert result.exit_code == 1
     assert "failed: H1" in result.stdout
     assert "NOT verified" in result.stdout
+
+
+def test_version_is_printed() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"nvvl {nvvl.__version__}\n")
 
 
 def test_pattern_that_reaches_too_far_is_named_and_exit_1(

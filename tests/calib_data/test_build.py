@@ -352,7 +352,8 @@ def test_overlap_is_refused_or_recorded(build: Build, tmp_path: Path) -> None:
 
     source = {"kind": "folder", "name": "mine", "path": "images"}
     with pytest.raises(
-        DataError, match=r"overlaps .*: mine/b.png shares a picture with exam-7; .* --allow-overlap"
+        DataError,
+        match=r"overlaps .*: mine/b.png shares a picture with exam-7 of exam; .* --allow-overlap",
     ):
         build(source, suites={"exam": suite})
     assert not (tmp_path / "out").exists()

@@ -42,18 +42,19 @@ def check_contents(wheel: Path) -> None:
 # What the new environment sees of its neighbour's packages: the core's alone.
 WITHOUT_EXTRAS = """
 import sys
+from importlib.machinery import PathFinder
 
 EXTRAS = {"av", "lm_eval", "mamba_ssm", "onnx", "onnxruntime", "pynvml", "pypdfium2"}
 EXTRAS |= {"tensorboardX", "tensorrt", "tensorrt_rtx"}
 
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in EXTRAS:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in EXTRAS else super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path[:] = [WithoutExtras if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 

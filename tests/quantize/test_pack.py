@@ -31,4 +31,7 @@ def test_magnitude_without_a_scale_names_the_layer_and_a_way_out(
 
 
 def test_weights_alone_need_no_inputs() -> None:
-    require_usable({"mixer.up_proj": Amax(ONE, None)}, {"mixer.up_proj": "nvfp4-w4a16"})
+    amaxes = {"mixer.up_proj": Amax(ONE, None)}
+    require_usable(amaxes, {"mixer.up_proj": "nvfp4-w4a16"})
+    with pytest.raises(CalibrationError, match="never observed"):
+        require_usable(amaxes, {"mixer.up_proj": "fp8"})

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -20,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import nvvl
+from nvvl.cpu import describe_cpu
 from nvvl.errors import HardwareError
 
 # No -ffast-math and no contraction into fused multiply-adds: the kernels promise exact bits. The
@@ -76,15 +76,6 @@ def _digest(source: Path) -> str:
     parts = (repr(_FLAG_SETS), describe_cpu(), nvvl.__version__)
     joined = b"\0".join([*texts, *(part.encode() for part in parts)])
     return hashlib.sha256(joined).hexdigest()[:16]
-
-
-def describe_cpu() -> str:
-    """Describe what -march=native depends on: architecture, model and instruction sets."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    found = {line for line in lines if line.startswith(wanted)}
-    return "\n".join([platform.machine(), *sorted(found)])
 
 
 def _compile(source: Path, path: Path) -> None:

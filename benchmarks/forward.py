@@ -29,7 +29,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nvvl.benchmarks.machine import describe_machine
 from nvvl.model.config import LanguageConfig
-from nvvl.model.products import has_bf16_units
+from nvvl.model.products import has_fast_bf16
 from nvvl.model.vlm import LanguageModel
 
 HALF_BILLION: dict[str, Any] = {
@@ -70,7 +70,7 @@ def make_pair() -> tuple[LanguageModel, NemotronHForCausalLM]:
 def make_matrix_product(tokens: int) -> tuple[Callable[[], object], int]:
     """Return a call that does products of the MLP's shape at the CPU's best rate, and its FLOP."""
     hidden, inner = HALF_BILLION["hidden_size"], HALF_BILLION["intermediate_size"]
-    dtype = torch.bfloat16 if has_bf16_units() else torch.float32
+    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
     linear = nn.Linear(hidden, inner, bias=False).to(dtype)
     x = torch.randn(tokens, hidden, dtype=dtype)
     repeats = 10

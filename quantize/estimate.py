@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nvvl.compiler import describe_cpu
+from nvvl.cpu import bf16_speedup
 from nvvl.errors import HardwareError
 from nvvl.model.config import VLMConfig
 from nvvl.model.memory import free_memory
@@ -41,7 +41,7 @@ _CODES = 0.55
 _BYTES_PER_WIDE_ELEMENT = 16
 # The same where rounding errors of inputs are summed: an input, exact, rounded, and the difference.
 _BYTES_PER_MEASURED_ELEMENT = 16
-# A weight is widened in pieces where the CPU has no bfloat16 units.
+# A weight is widened in pieces where the CPU multiplies bfloat16 slowly.
 _WIDENED_BYTES = 64 * 2**20
 # Items in memory below which going through the disk is not worth it.
 _LEAST_ITEMS = 2
@@ -51,8 +51,6 @@ _LEAST_ITEMS = 2
 _WORK_PER_HASHED_BYTE = 5.0
 _MATRIX_FRACTION = 0.6
 _GPU_FLOPS = 150e12
-# How many times faster than float32 a CPU multiplies bfloat16, by the units it has.
-_BF16_UNITS = {"amx_bf16": 8, "avx512_bf16": 2}
 _MEASURE_SIZE = 768
 _MEASURE_BYTES = 8 * 2**20
 
@@ -167,8 +165,7 @@ def measure_rates() -> Rates:
     a_thread = 2 * _MEASURE_SIZE**3 / _cpu_seconds(lambda: matrix @ matrix)
     hashed = _MEASURE_BYTES / _cpu_seconds(lambda: hashlib.sha256(data).digest())
     threads = num_threads()
-    features = describe_cpu().split()
-    units = next((times for name, times in _BF16_UNITS.items() if name in features), 1)
+    units = bf16_speedup()
     text = (
         f"measured here: {threads} threads of {a_thread / 1e9:.0f} GFLOP/s in float32"
         f"{f', {units} times that by bfloat16 units' if units > 1 else ''}; "

@@ -28,12 +28,12 @@ from torch import Tensor
 
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.compiler import describe_cpu
+from nvvl.cpu import describe_cpu
 from nvvl.errors import CheckpointError, OutputError, reading, writing
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.hashing import hash_file
 from nvvl.model.mamba_kernels import allowed_kernels
-from nvvl.model.products import has_bf16_units
+from nvvl.model.products import has_fast_bf16
 from nvvl.model.scan import allowed_scan
 from nvvl.quantize.manifest import TensorRecord, library_versions
 from nvvl.quantize.pack import Amax
@@ -223,7 +223,7 @@ def describe_arithmetic(device: torch.device) -> dict[str, str]:
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
         "processor model": _name_cpu(),
-        "products": "bfloat16" if has_bf16_units() else "float32",
+        "products": "bfloat16" if has_fast_bf16() else "float32",
         "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
     }
 

@@ -3,7 +3,8 @@
 Everything is written to a hidden sibling folder, which takes the final name by one rename when it
 is complete. What stood there before is replaced only then, and only if the user said so.
 
-`staged_folder` leaves nothing behind when it fails. `resumable_folder` is for runs that take long:
+`staged_folder` leaves nothing behind when it fails, and removes what killed runs to the same place
+left. `resumable_folder` is for runs that take long:
 its hidden folder always has the same name, so that the same command finds again what a killed run
 had finished:
 
@@ -19,18 +20,23 @@ on with finished blocks never removes them: they show that all this could be use
 """
 
 import fcntl
+import glob
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvvl.errors import NvvlError, OutputError, SourceError, require_unread, writing
 
 MANIFEST_NAME = "manifest.json"
+
+_LEFT_BEHIND_AFTER = 60.0
+"""Seconds after which a folder that nobody holds is a killed run's, not one of this moment."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def staged_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> Ite
     """
     out = Path(out).absolute()
     _require_free(out, sources, overwrite=overwrite)
+    _clear_left_behind(out)
     stage = Stage(out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}"))
     with locked(stage.root):
         try:
@@ -176,6 +183,16 @@ def locked(root: Path) -> Iterator[None]:
         ) from None
     finally:
         os.close(descriptor)
+
+
+def _clear_left_behind(out: Path) -> None:
+    """Remove the folders of killed runs that would have become ``out``; finished ones stay."""
+    for root in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        with suppress(OSError, OutputError):  # another run's, or gone by now
+            is_old = time.time() - root.stat().st_mtime > _LEFT_BEHIND_AFTER
+            if is_old and not (Stage(root).output / MANIFEST_NAME).exists():
+                with locked(root):
+                    shutil.rmtree(root)
 
 
 def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:

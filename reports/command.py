@@ -230,19 +230,19 @@ def demo(
         typer.Option(
             "--short/--long",
             help="Without or with rotation, distillation and sweeps; else with them where the CPU "
-            "has bfloat16 units.",
+            "multiplies bfloat16 fast.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take the embedded model to FP8 and NVFP4, distill, prove, evaluate, and print the table."""
     from nvvl.console import print_json, print_table, show_progress
-    from nvvl.model.products import has_bf16_units
+    from nvvl.model.products import has_fast_bf16
     from nvvl.reports.demo import run_demo
     from nvvl.reports.render import make_table
 
     source = resolve_model("embedded")
-    short = not has_bf16_units() if short is None else short
+    short = not has_fast_bf16() if short is None else short
     with show_progress() as progress:
         result = run_demo(source, out, short=short, num_items=items, progress=progress)
     if as_json:

@@ -74,6 +74,7 @@ def test_root_holds_package_modules_only() -> None:
         "cli.py",
         "compiler.py",
         "console.py",
+        "cpu.py",
         "errors.py",
         "options.py",
         "progress.py",

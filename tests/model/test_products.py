@@ -11,7 +11,7 @@ from nvvl.model.products import MIN_ROWS, Linear, attention, linear
 @pytest.fixture(params=[True, False], ids=["bf16 units", "no bf16 units"])
 def bf16_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     units: bool = request.param
-    monkeypatch.setattr(products, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: units)
     return units
 
 
@@ -40,7 +40,7 @@ def test_linear_is_the_exact_product_rounded(
 def test_a_weight_of_several_chunks_gives_what_one_chunk_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: False)
     x, weight = torch.randn(16, 32).bfloat16(), torch.randn(50, 32).bfloat16()
     bias = torch.randn(50).bfloat16()
     whole = linear(x, weight, bias)

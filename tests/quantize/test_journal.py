@@ -58,7 +58,7 @@ def test_disk_that_fills_up_within_a_line_is_one_clear_error(tmp_path: Path) -> 
 def test_arithmetic_is_told_by_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(scan_module, "load_scan", object)
-    monkeypatch.setattr(journal_module, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(journal_module, "has_fast_bf16", lambda: False)
     monkeypatch.setattr(journal_module, "describe_cpu", lambda: "model name\t: Some CPU")
     assert describe_arithmetic(cpu) == {
         "processor": torch.backends.cpu.get_cpu_capability(),

@@ -15,7 +15,7 @@ from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.errors import DataError, OutputError
 from nvvl.quantize.journal import Journal
 from nvvl.quantize.presets import nvfp4, nvfp4_w4a16
-from nvvl.quantize.staging import resumable_folder, staged_folder
+from nvvl.quantize.staging import locked, resumable_folder, staged_folder
 from nvvl.quantize.walk import quantize_checkpoint
 
 Staging = Callable[..., AbstractContextManager[Any]]
@@ -85,6 +85,29 @@ def test_mount_point_is_refused_before_any_work(
         staging(out, sources=[tmp_path / "source"], overwrite=overwrite),
     ):
         pytest.fail("work began")
+
+
+def test_what_killed_runs_left_is_removed_unless_it_is_finished_or_in_use(tmp_path: Path) -> None:
+    folders = {
+        name: tmp_path / f".out.partial-{name}"
+        for name in ("killed", "finished", "in-use", "just-made")
+    }
+    other = tmp_path / ".other.partial-killed"
+    for folder in (*folders.values(), other):
+        (folder / "output").mkdir(parents=True)
+        (folder / "output" / "model.safetensors").write_text("half")
+    (folders["finished"] / "output" / "manifest.json").write_text("{}")
+    for folder in (*folders.values(), other):
+        if folder != folders["just-made"]:
+            os.utime(folder, (1e9, 1e9))
+    with (
+        locked(folders["in-use"]),
+        staged_folder(tmp_path / "out", sources=[], overwrite=False) as folder,
+    ):
+        (folder / "file").write_text("whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    kept = {folders[name].name for name in ("finished", "in-use", "just-made")}
+    assert left == {"out", other.name, *kept}
 
 
 @pytest.mark.parametrize("staging", [staged_folder, resumable_folder])

@@ -124,7 +124,7 @@ def test_demo_is_short_where_the_cpu_has_no_bfloat16_units(
         asked.append(short)
         raise OutputError("enough")
 
-    monkeypatch.setattr(products, "has_bf16_units", lambda: has_units)
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: has_units)
     monkeypatch.setattr(demo, "run_demo", stop)
     for options in ((), ("--long",), ("--short",)):
         CliRunner().invoke(app, ["demo", "-o", str(tmp_path), *options])

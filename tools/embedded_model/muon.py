@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are made nearly orthogonal before each step.
 
 torch's own multiplies in bfloat16 whatever the machine: half a minute a step of the embedded model
-on a CPU without bfloat16 units, of which float32 takes half a second.
+on a CPU with AVX2 alone, of which float32 takes half a second.
 """
 
 import math

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
-from nvvl.model.products import has_bf16_units
+from nvvl.model.products import has_fast_bf16
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.tools.embedded_model.data import (
     NUM_GLYPH_PLACES,
@@ -165,7 +165,7 @@ def train_stage(
 ) -> None:
     """Run one stage from ``first_step`` on."""
     device = next(trainee.parameters()).device
-    is_narrow = device.type != "cpu" or has_bf16_units()
+    is_narrow = device.type != "cpu" or has_fast_bf16()
     freeze(trainee, stage)
     trainable = [p for p in trainee.parameters() if p.requires_grad]
     saved = started = time.monotonic()

@@ -50,8 +50,8 @@ def load_library(source: Path) -> ctypes.CDLL:
     The compiler is ``$CC``, or else ``cc``.
 
     Raises:
-        HardwareError: If there is no compiler, it fails or takes too long, or the cache cannot be
-            written or loaded.
+        HardwareError: If there is no compiler, ``$CC`` is no command, it fails or takes too long,
+            or the cache cannot be written or loaded.
     """
     path = _cache_folder() / f"{source.stem}-{_digest(source)}.so"
     try:
@@ -79,7 +79,7 @@ def _digest(source: Path) -> str:
 
 
 def _compile(source: Path, path: Path) -> None:
-    command = shlex.split(os.environ.get("CC") or "cc")
+    command = _name_compiler()
     if shutil.which(command[0]) is None:
         raise HardwareError(f"no C compiler: {command[0]} is not on PATH; install gcc or clang")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,18 @@ def _compile(source: Path, path: Path) -> None:
                 built.replace(path)
                 return
     raise HardwareError(f"{command[0]} could not compile {source.name}: {message}")
+
+
+def _name_compiler() -> list[str]:
+    """Return the words of ``$CC``, a command with its options."""
+    said = os.environ.get("CC") or "cc"
+    try:
+        command = shlex.split(said)
+    except ValueError as error:  # a quotation that does not end
+        raise HardwareError(f"CC: {said!r:.60} is no command ({error}); unset it for cc") from None
+    if not command:
+        raise HardwareError(f"CC: required the command of a C compiler, got {said!r:.60}; unset it")
+    return command
 
 
 def _run_compiler(command: list[str]) -> str:

@@ -6,6 +6,7 @@ the result alone. Where stderr is no terminal, the bars are printed once, at the
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from rich.text import Text
 from nvvl.progress import Progress
 
 _FILE_WIDTH = 200
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and line feed, DEL, C1
 
 # torchrun passes one Ctrl-C on and kills its processes 30 seconds later, wherever they are.
 _KILLER = "TORCHELASTIC_RUN_ID"
@@ -52,7 +54,7 @@ class _RateColumn(ProgressColumn):
 def show_progress() -> Iterator[Progress]:
     """Show a bar with stage, rate and remaining time, then time taken, of each reported count."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         _RateColumn(),
@@ -122,14 +124,19 @@ class TokenStream:
 
     def _print_new(self) -> None:
         assert self._stream is not None
-        self._stream.write(self._text[self._printed :])
+        self._stream.write(without_controls(self._text[self._printed :]))
         self._stream.flush()
         self._printed = len(self._text)
 
 
 def print_error(message: str) -> None:
     """Print an error as one line on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(without_controls(f"error: {' '.join(message.split())}"), file=sys.stderr)
+
+
+def without_controls(text: str) -> str:
+    """Replace what a terminal would obey, such as escape sequences; line ends and tabs stay."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def print_json(value: Any) -> None:

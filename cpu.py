@@ -1,6 +1,7 @@
 """What kind of CPU this is, without torch: what compiled code and the choice of products go by."""
 
 import platform
+import re
 from pathlib import Path
 
 _AMX_SPEEDUP = 8
@@ -14,6 +15,12 @@ def describe_cpu() -> str:
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
     found = {line for line in lines if line.startswith(wanted)}
     return "\n".join([platform.machine(), *sorted(found)])
+
+
+def cpu_name() -> str:
+    """Name this CPU's model, or its architecture where the system does not say the model."""
+    name = re.search(r"^model name\s*: (.*)$", describe_cpu(), re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def bf16_speedup() -> int:

@@ -18,6 +18,7 @@ The command line prints the message, but for that of a `ReportedError`, and exit
 other exception is a bug of nvvl's own and keeps its traceback.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,26 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def require_disk(folder: Path, required: int, what: str) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Args:
+        folder: Exists, on the disk that is written; named in the message.
+        required: Bytes.
+        what: Says what they are for: ``the graphs need about``.
+
+    Raises:
+        OutputError: if fewer bytes are free.
+        OSError: if the folder's disk cannot be asked.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < required:
+        raise OutputError(
+            f"{folder}: {what} {required} bytes, the disk has {free} free; free {required - free} "
+            "bytes or choose another disk"
+        )
 
 
 def require_unread(out: Path, sources: Iterable[Path]) -> None:

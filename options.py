@@ -13,9 +13,9 @@ Device = Literal["auto", "cpu", "cuda"]
 EXIT_CHECK_FAILED = 1
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or the word: embedded.")
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or `embedded`.")
 ]
-SET_HELP = "The word: default, a built set, a folder of images, or a JSONL file."
+SET_HELP = "`default`, a built set, a folder of images, or a JSONL file."
 CalibArgument = Annotated[str, typer.Argument(metavar="SET", help=SET_HELP)]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SeedOption = Annotated[
@@ -32,12 +32,13 @@ RecipeOption = Annotated[
     Path | None, typer.Option(help="TOML recipe to use in place of the format's own.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-OverwriteOption = Annotated[
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+ResumableOverwriteOption = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace an earlier output, and what an unfinished run of other settings left; one of "
-        "the same settings is gone on with.",
+        help="Replace an earlier output, and discard an unfinished run with other settings; one "
+        "with the same settings is resumed.",
     ),
 ]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nvvl.benchmarks.machine import describe_machine
-from nvvl.distill.losses import Rows, chunked_loss
+from nvvl.distill.losses import Positions, chunked_loss
 
 EXTRA_BYTES = 2e9
 
@@ -36,7 +36,7 @@ def main() -> None:
     ours = (theirs + 0.1 * torch.randn_like(theirs)).requires_grad_()
     before = resident_bytes()
     began = time.perf_counter()
-    loss = chunked_loss("kl", Rows(ours, head), teacher=Rows(theirs, head))
+    loss = chunked_loss("kl", Positions(ours, head), teacher=Positions(theirs, head))
     loss.backward()
     seconds = time.perf_counter() - began
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -16,7 +16,6 @@ ModelOpt has no NVFP4 fake-quant on a CPU; its row there is quantize followed by
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 from modelopt.torch.quantization.tensor_quant import fp8_eager
 
+from nvvl.cpu import cpu_name
 from nvvl.quantize import fp8, kernels, nvfp4
 
 SIZES = {  # weight and activation, rows x columns
@@ -206,10 +206,7 @@ def resident(field: str) -> int:
 
 
 def machine() -> dict[str, str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": models[0] if models else platform.processor(), "torch": torch.__version__}
+    return {"processor": cpu_name(), "torch": torch.__version__}
 
 
 def print_table(rows: list[Row]) -> None:

@@ -56,8 +56,8 @@ def run_nvvl(preset: str, model: Path, out: Path, work: Path) -> dict[str, Any]:
 
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.model.safetensors_io import read_header, read_tensor
-    from nvvl.quantize.estimate import default_limits
-    from nvvl.quantize.layout import CALIBRATION_NAME
+    from nvvl.quantize.amaxes import CALIBRATION_NAME
+    from nvvl.quantize.limits import default_limits
     from nvvl.quantize.presets import load_recipe
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint

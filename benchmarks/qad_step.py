@@ -35,7 +35,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nvvl.distill.losses import Rows, chunked_loss
+from nvvl.distill.losses import Positions, chunked_loss
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.student import Student
@@ -43,7 +43,7 @@ from nvvl.model.config import LanguageConfig
 from nvvl.model.packing import Packing
 from nvvl.model.processes import Processes
 from nvvl.model.vlm import LanguageModel, NemotronNanoVL
-from nvvl.quantize.pack import Amax
+from nvvl.quantize.amaxes import Amax
 from nvvl.quantize.recipe import Format
 
 with warnings.catch_warnings():
@@ -131,7 +131,7 @@ def make_step(
     def step() -> None:
         hidden, _ = student.backbone(embeds, packing=packing)
         head = model.lm_head.weight
-        loss = chunked_loss("kl", Rows(hidden[0], head), teacher=Rows(theirs[0], head))
+        loss = chunked_loss("kl", Positions(hidden[0], head), teacher=Positions(theirs[0], head))
         loss.backward()
         student.collect_gradients()
         optimizer.step(optimizer.gradient_norm())

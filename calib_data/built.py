@@ -21,7 +21,7 @@ from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.media import read_picture, save_picture
 from nvvl.calib_data.sources import ItemSource
 from nvvl.calib_data.streams import open_dataset
-from nvvl.errors import DataError
+from nvvl.errors import DataError, first_line
 from nvvl.model.hashing import hash_file
 from nvvl.model.prompt import Message
 from nvvl.model.video import Video
@@ -33,6 +33,14 @@ TABLE = "items.parquet"
 SHEET = "contact_sheet.png"
 
 Row = dict[str, Any]
+
+# What items are made of; the other columns only count.
+_SHAPE = {
+    **dict.fromkeys(("id", "sha256", "domain"), str),
+    "messages": [{"role": str, "content": str}],
+    "images": [str],
+    "videos": [{"fps": float, "frame_indices": [int], "frames": [str]}],
+}
 
 
 def is_built(folder: Path) -> bool:
@@ -113,13 +121,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else ()
     if found != (FORMAT, VERSION):
         raise DataError(
-            f"{path}: required a {FORMAT} of version {VERSION}, got {found}; build it again with "
-            "nvvl calib build"
+            f"{path}: required a {FORMAT} of version {VERSION}, got {found!r:.80}; build it again "
+            "with nvvl calib build"
         )
     return dict(manifest)
 
@@ -128,18 +136,41 @@ def read_rows(folder: Path) -> list[Row]:
     """Read the table of a built set.
 
     Raises:
-        DataError: if it is not the one that the manifest names.
+        DataError: if it is not the one that the manifest names, or not one of items.
     """
-    manifest = read_manifest(folder)
+    files = read_manifest(folder).get("files")
     path = folder / TABLE
     try:
         found = hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if found != manifest["files"][TABLE]:
+    if found != (files.get(TABLE) if isinstance(files, dict) else None):
         raise DataError(f"{path}: is not the table that {MANIFEST} names; build the set again")
-    # streamed, for reading it as a whole would leave a copy in the user's cache
-    return list(open_dataset("parquet", data_files=str(path), split="train"))
+    try:
+        # streamed, for reading it as a whole would leave a copy in the user's cache
+        rows: list[Row] = list(open_dataset("parquet", data_files=str(path), split="train"))
+    except Exception as error:  # whatever a reader of Parquet raises
+        raise DataError(
+            f"{path}: cannot be read ({first_line(error)}); build the set again"
+        ) from None
+    for number, row in enumerate(rows):
+        if not _fits(row, _SHAPE):
+            raise DataError(
+                f"{path}: row {number}: required {', '.join(_SHAPE)} as nvvl calib build writes "
+                "them; build the set again"
+            )
+    return rows
+
+
+def _fits(value: object, shape: Any) -> bool:
+    """Tell whether plain values have the keys and types of a shape; they may have more keys."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and _fits(value[key], part) for key, part in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(entry, shape[0]) for entry in value)
+    return isinstance(value, shape)
 
 
 def built_items(folder: Path) -> list[ItemSource]:

@@ -1,6 +1,7 @@
 """The verb ``nvvl calib show``."""
 
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -8,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from nvvl.errors import OutputError, writing
+from nvvl.errors import DataError, OutputError, writing
 from nvvl.options import CalibArgument, JsonOption, SeedOption
 
 _MOST_NAME = 100  # bytes of an id in the name of a file
+_NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")
 
 
 def show(
@@ -25,7 +27,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a built set in numbers, and items of any: pictures, questions, answers."""
-    from nvvl.calib_data.built import SHEET, is_built, read_manifest
+    from nvvl.calib_data.built import MANIFEST, SHEET, is_built, read_manifest
     from nvvl.calib_data.items import item_hash
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.calib_data.summary import summary_tables
@@ -36,7 +38,14 @@ def show(
     if save is not None:
         _make_new_folder(save)
     if manifest is not None and not as_json:
-        for table in summary_tables(manifest):
+        try:
+            tables = summary_tables(manifest)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"{Path(spec) / MANIFEST}: not what nvvl calib build writes ({error!r:.80}); build "
+                "the set again"
+            ) from None
+        for table in tables:
             print_table(table)
         print(f"{Path(spec) / SHEET}\n")
     rows = []
@@ -46,8 +55,8 @@ def show(
         turns = [asdict(message) for message in item.messages]
         rows.append({**row, "pictures": [list(p.size) for p in pictures], "messages": turns})
         if save is not None:
-            short = os.fsencode(item.item_id.replace("/", "-"))[:_MOST_NAME].decode(errors="ignore")
-            name = f"{place}-{short}"
+            short = os.fsencode(_NOT_IN_NAMES.sub("-", item.item_id))[:_MOST_NAME]
+            name = f"{place}-{short.decode(errors='ignore')}"
             for number, picture in enumerate(pictures):
                 path = save / f"{name}-{number}.png"
                 with writing(path):

@@ -56,7 +56,7 @@ def count_tokens(item: Item, processor: Processor) -> TokenCounts:
     turns = _stand_ins(item, processor)
     segments = processor.render(turns, add_generation_prompt=ends_with_question(turns))
     for segment in segments:
-        piece = processor.tokenizer.encode(segment.text, add_special_tokens=False).ids
+        piece = processor.tokenize(segment.text)
         ids += piece
         num_answer += len(piece) if segment.is_answer else 0
     # one token stands for each image and frame so far

@@ -24,28 +24,31 @@ def jsonl_items(path: Path, *, keep_bad: bool = False) -> list[ItemSource]:
 
     Args:
         path: The file.
-        keep_bad: List a bad line as an item that cannot be made, in place of raising at once.
+        keep_bad: List a bad line as an item that cannot be made, in place of raising at once. Its
+            id is its place in the file, and may be that of another item too.
 
     Raises:
         DataError: if the file is missing or empty, or a line is not as the module docstring says;
             the line is named.
     """
-    sources: dict[str, ItemSource] = {}
+    sources: list[ItemSource] = []
+    ids: set[str] = set()
     for number, line in _read_lines(path):
         default_id = f"{path.stem}:{number}"
         try:
             source = _parse_line(line, path.parent, default_id)
-            if source.item_id in sources:
-                raise DataError(f"id {source.item_id!r} is that of an earlier line")
+            if source.item_id in ids:
+                raise DataError(f"id {source.item_id!r:.60} is that of an earlier line")
+            ids.add(source.item_id)
         except DataError as error:
             named = DataError(f"{path}:{number}: {error}")
             if not keep_bad:
                 raise named from None
             source = failing_source(default_id, named)
-        sources[source.item_id] = source
+        sources.append(source)
     if not sources:
         raise DataError(f"{path}: required at least one line with an item, found none")
-    return list(sources.values())
+    return sources
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -63,7 +66,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parse_line(line: str, folder: Path, default_id: str) -> ItemSource:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"required a JSON object, got {type(row).__name__}")
@@ -81,7 +84,7 @@ def _parse_line(line: str, folder: Path, default_id: str) -> ItemSource:
     messages = place_media(messages, len(images), len(videos))
     item_id = row.get("id", default_id)
     if not isinstance(item_id, str) or not is_text(item_id):
-        raise DataError(f"id: required a string, got {item_id!r}")
+        raise DataError(f"id: required a string, got {item_id!r:.60}")
     return file_source(item_id, messages, images, videos)
 
 

@@ -29,6 +29,8 @@ from nvvl.model.tiling import open_image
 
 # Images read for each item wanted: some items have several, some images have no item.
 _IMAGES_PER_ITEM = 2
+# Of a file of an image, uncompressed; a tar file may itself be compressed, and hold anything.
+_MOST_BYTES = 1 << 28
 
 
 def shard_items(source: Shards, *, base: Path) -> Iterator[ItemSource]:
@@ -87,8 +89,15 @@ def _images(system: Any, shards: list[str]) -> Iterator[tuple[str, bytes]]:
             tarfile.open(fileobj=file, mode="r|*") as archive,
         ):
             for member in archive:
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is not None and member.name.lower().endswith(IMAGE_SUFFIXES):
+                if not member.isfile() or not member.name.lower().endswith(IMAGE_SUFFIXES):
+                    continue
+                if member.size > _MOST_BYTES:
+                    raise DataError(
+                        f"{shard}: {member.name}: required images of at most {_MOST_BYTES} bytes, "
+                        f"got {member.size}; leave it out of the shard"
+                    )
+                stream = archive.extractfile(member)
+                if stream is not None:
                     yield member.name, stream.read()
 
 
@@ -107,7 +116,7 @@ def _match(
         try:
             row = json.loads(line)
             names = _image_names(row)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             if number not in bad:
                 bad.add(number)
                 yield failing_source(f"line {number}", DataError(f"{where}:{number}: {error!r}"))

@@ -39,6 +39,9 @@ class Source:
         if self.count is None and self.endless:
             raise DataError(f"{self.kind}: required count, for this kind of source has no end")
         require_at_least(1, self.count, f"{self.kind}.count")
+        path = getattr(self, "path", "")  # of those that have one
+        if "\0" in path:
+            raise DataError(f"{self.kind}.path: required a path, without NUL, got {path!r:.60}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,15 @@ The kinds of sources and their keys are in ``nvvl.calib_data.source_spec``.
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.source_spec import SOURCES, Source
-from nvvl.calib_data.strict import near_names, read_table, require_at_least, require_choice
+from nvvl.calib_data.strict import read_table, require_at_least, require_choice
 from nvvl.errors import DataError
+from nvvl.toml_tables import near_names, read_toml
 
 READY = Path(__file__).parent / "specs"
 
@@ -85,16 +85,7 @@ class SetSpec:
         Raises:
             DataError: if the file is missing, is not TOML, or as `from_dict`.
         """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not valid TOML ({error})") from None
-        try:
-            return cls.from_dict(values)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+        return read_toml(path, cls.from_dict, DataError)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `from_dict` and JSON take."""

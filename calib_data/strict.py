@@ -1,12 +1,11 @@
 """Plain values of a TOML table, to a frozen dataclass whose annotations say what is allowed."""
 
-import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from nvvl import toml_tables
 from nvvl.errors import DataError
 
 T = TypeVar("T")
@@ -26,17 +25,7 @@ def read_table(cls: type[T], values: Mapping[str, Any], where: str, **read: Any)
         DataError: if a key is unknown or missing, or a value has another type.
     """
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields or key in read:
-            raise DataError(f"{where}: unknown key {key!r}{near_names(key, list(fields))}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in {**values, **read}
-    ]
-    if missing:
-        raise DataError(f"{where}: missing {', '.join(missing)}")
+    toml_tables.require_keys(cls, values, where, DataError, given=read)
     given = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
     return cls(**given, **read)
 
@@ -60,18 +49,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def require_choice(value: object, choices: tuple[str, ...], where: str) -> None:
     """Refuse a value that is none of the choices."""
-    if value not in choices:
-        hint = near_names(value, list(choices)) if isinstance(value, str) else ""
-        raise DataError(f"{where}: required one of {', '.join(choices)}, got {value!r}{hint}")
+    toml_tables.require_choice(value, choices, where, DataError)
 
 
 def require_at_least(least: int, value: int | None, where: str) -> None:
     """Refuse a number that is too small; None is none."""
     if value is not None and value < least:
         raise DataError(f"{where}: required at least {least}, got {value}")
-
-
-def near_names(name: str, known: list[str]) -> str:
-    """Return a hint ``; did you mean a, b`` for a name that is not known, or nothing."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}" if near else ""

@@ -64,7 +64,7 @@ def summary_tables(manifest: Mapping[str, Any]) -> list["Table"]:
 
     summary = manifest["summary"]
     heads = ("items", "images", "videos", *(f"{kind} tokens" for kind in MODALITIES), "answers")
-    domains = Table("domain", title=manifest["name"], title_justify="left")
+    domains = Table("domain", title=str(manifest["name"]), title_justify="left")
     for head in heads:
         domains.add_column(head, justify="right")
     for name, counts in (*summary["domains"].items(), ("all", summary)):
@@ -76,5 +76,5 @@ def summary_tables(manifest: Mapping[str, Any]) -> list["Table"]:
     for row in manifest["sources"]:
         left_out = (len(row[key]) for key in ("bad", "too_long", "duplicates"))
         numbers = (row["num_items"], *left_out, overlaps.count(row["name"]))
-        sources.add_row(row["name"], row["kind"], *map(str, numbers))
+        sources.add_row(*map(str, (row["name"], row["kind"], *numbers)))
     return [domains, *([tiles] if summary["images_by_tiles"] else []), sources]

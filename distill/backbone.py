@@ -114,10 +114,9 @@ def make_backbone(
         layers, norm_f = copy.deepcopy((layers, norm_f))
     backbone = Backbone(layers, norm_f, recompute=recompute)
     for fqn, linear_format in formats.items():
-        parent, _, leaf = fqn.removeprefix(PREFIX).rpartition(".")
-        owner = backbone.get_submodule(parent)
-        weight = owner.get_submodule(leaf).get_parameter("weight").data
-        setattr(owner, leaf, FakeQuantLinear(weight, linear_format, scales.get(fqn)))
+        name = fqn.removeprefix(PREFIX)
+        weight = backbone.get_parameter(f"{name}.weight").data
+        backbone.set_submodule(name, FakeQuantLinear(weight, linear_format, scales.get(fqn)))
     return backbone
 
 

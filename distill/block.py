@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.distill.backbone import FakeQuantLinear
+from nvvl.distill.losses import relative_error
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.scales import round_weight
 from nvvl.model.packing import Packing
-from nvvl.quantize import fp8, kernels, nvfp4
-from nvvl.quantize.pack import Amax, input_scale, share_qkv
+from nvvl.quantize import kernels
+from nvvl.quantize.amaxes import Amax, share_qkv
+from nvvl.quantize.pack import input_scale
 from nvvl.quantize.recipe import Format
 
 # Elements that an optimizer step holds in float32 at once.
@@ -56,12 +59,11 @@ class BlockStudent:
         self._slices: dict[str, list[tuple[nn.Parameter, torch.optim.Optimizer]]] = {}
         self._step = 0
         for fqn, linear_format in formats.items():
-            parent, _, leaf = fqn.removeprefix(f"{prefix}.").rpartition(".")
-            owner = layer.get_submodule(parent)
+            name = fqn.removeprefix(f"{prefix}.")
             amax = amaxes[fqn].input
             scale = None if amax is None else input_scale(linear_format, amax)
-            weight = owner.get_submodule(leaf).get_parameter("weight").data
-            setattr(owner, leaf, FakeQuantLinear(weight, linear_format, scale))
+            weight = layer.get_parameter(f"{name}.weight").data
+            layer.set_submodule(name, FakeQuantLinear(weight, linear_format, scale))
         self._parameters = {f"{prefix}.{name}": p for name, p in layer.named_parameters()}
         for name in self._trained_names(recipe):
             self._train(name)
@@ -101,7 +103,7 @@ class BlockStudent:
                 *map(self._in_slices, (self.masters[name], self._parameters[name])), strict=True
             )
             for master, parameter in pairs:
-                rounded = _round(master.bfloat16(), linear_format, amaxes[fqn].weight)
+                rounded = round_weight(master.bfloat16(), linear_format, amaxes[fqn].weight)
                 parameter.copy_(rounded)
         for name, master in self.masters.items():
             if name.removesuffix(".weight") not in self._formats:
@@ -149,15 +151,3 @@ class BlockStudent:
             piece.grad = None
             start += len(piece)
         parameter.grad = None
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference over the target's mean square, a float32 scalar."""
-    wide = target.float()
-    return (output.float() - wide).square().mean() / wide.square().mean()
-
-
-def _round(weight: Tensor, linear_format: Format, amax: Tensor) -> Tensor:
-    if linear_format == "fp8":
-        return fp8.fake_quantize(weight, fp8.scale_from_amax(amax))
-    return nvfp4.fake_quantize(weight, nvfp4.tensor_scale_from_amax(amax))

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.block import BlockStudent, relative_error
+from nvvl.distill.block import BlockStudent
 from nvvl.distill.data import DistillData, pack_lengths
 from nvvl.distill.embed import embed_items
+from nvvl.distill.losses import relative_error
 from nvvl.distill.optimize import INPUT_AMAX
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import check_run, run_identity
@@ -44,11 +45,10 @@ from nvvl.model.processes import Processes
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
 from nvvl.progress import Progress
-from nvvl.quantize.journal import describe_arithmetic
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
+from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import LAYERS, list_linears, quantized_only

@@ -15,6 +15,7 @@ from nvvl.options import (
     JsonOption,
     ModelArgument,
     OverwriteOption,
+    ResumableOverwriteOption,
     SeedOption,
     choose_device,
 )
@@ -66,13 +67,7 @@ def distill(
     ] = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an earlier output, and discard an unfinished run with other settings.",
-        ),
-    ] = False,
+    overwrite: ResumableOverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a quantized checkpoint towards its BF16 teacher; goes on where it stopped.
@@ -141,7 +136,7 @@ def precompute(
     source = resolve_model(model)
     items = load_calibration_set(data, num_items=chosen.num_items, seed=seed)
     with show_progress() as progress:
-        num_rows = precompute_logits(
+        num_positions = precompute_logits(
             source,
             items,
             chosen,
@@ -153,9 +148,9 @@ def precompute(
             progress=progress,
         )
     if as_json:
-        print_json({"out": str(out), "items": len(items.items), "positions": num_rows})
+        print_json({"out": str(out), "items": len(items.items), "positions": num_positions})
     else:
-        print(f"{out}: {num_rows} positions of {len(items.items)} items, {top} tokens each")
+        print(f"{out}: {num_positions} positions of {len(items.items)} items, {top} tokens each")
 
 
 def rotate(
@@ -166,7 +161,7 @@ def rotate(
     samples: Annotated[
         int, typer.Option(min=2, help="Items; an eighth of them, 64 at most, are held out.")
     ] = 576,
-    steps: Annotated[int, typer.Option(min=1, help="Of gradient descent over a rotation.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient-descent steps per rotation.")] = 400,
     loss_tokens: Annotated[
         LossTokens, typer.Option(help="Positions that count: answers alone, or all text.")
     ] = "answers",
@@ -207,7 +202,7 @@ def rotate(
         f"{out}: of what was turned, rounding to NVFP4 is expected to do {result.harm:.2f} times "
         f"the harm; KL to {model} {result.kl:.1e} nats a token of {result.num_held_out} items"
     )
-    print(f"go on: nvvl quantize nvfp4 {out} OUT")
+    print(f"next: nvvl quantize nvfp4 {out} OUT")
 
 
 def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_json: bool) -> None:

@@ -52,7 +52,7 @@ class ItemBatch:
         return sum(len(inputs.input_ids) for inputs in self.inputs)
 
     @property
-    def num_rows(self) -> int:
+    def num_positions(self) -> int:
         """Positions that count."""
         return sum(int(mask.sum()) for mask in self.loss_masks)
 

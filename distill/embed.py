@@ -10,7 +10,8 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import materialize
 from nvvl.model.processor import ModelInputs
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.blocks import EMBEDDINGS, PATCHES, PROJECTOR, VISION_BLOCKS, EmbeddingRows
+from nvvl.quantize.block_names import EMBEDDINGS, PATCHES, PROJECTOR, VISION_BLOCKS
+from nvvl.quantize.blocks import EmbeddingRows
 
 
 def embed_items(

@@ -3,10 +3,10 @@
     LOGITS/logits-00000.safetensors   of 64 items each: {n}.tokens, {n}.log_probs, {n}.log_tail
     LOGITS/manifest.json              teacher, settings, a hash of every file and of every item
 
-A full row of logits is the vocabulary wide, so only the most likely tokens of each position are
-kept, with the probability of all others together (``losses.TopRows``). A student that trains
-against them needs no teacher beside it, and several can share them. They belong to one teacher, one
-choice of counted tokens and one content of each item; anything else is refused.
+The logits of a position are the vocabulary wide, so only its most likely tokens are kept, with the
+probability of all others together (``losses.TopPositions``). A student that trains against them
+needs no teacher beside it, and several can share them. They belong to one teacher, one choice of
+counted tokens and one content of each item; anything else is refused.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from torch import Tensor
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.losses import TopRows, chunk_rows, take_top
+from nvvl.distill.losses import TopPositions, chunk_positions, take_top
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import teacher_digest
-from nvvl.errors import CheckpointError, DataError, RecipeError
+from nvvl.errors import CheckpointError, DataError, RecipeError, writing
 from nvvl.model.checkpoint_writer import write_safetensors
-from nvvl.model.hashing import hash_file
-from nvvl.model.safetensors_io import TensorInfo, read_header, read_tensor
+from nvvl.model.hashing import changed_files, hash_file
+from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.quantize.staging import MANIFEST_NAME
 
 _FORMAT = "nvvl teacher logits 1"
@@ -62,7 +62,7 @@ class StoredLogits:
             self._items = dict(manifest["items"])
             if manifest["format"] != _FORMAT:
                 raise ValueError(f"format {manifest['format']!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a folder of teacher logits ({error!r})") from None
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         differing = sorted(k for k in identity if found.get(k) != identity[k])
@@ -71,11 +71,12 @@ class StoredLogits:
                 f"{folder}: the logits were made with another {', '.join(differing)}; give another "
                 "folder, or make them again with --overwrite"
             )
-        self._headers: dict[str, dict[str, TensorInfo]] = {}
-        for name, sha256 in files.items():
-            if not (folder / name).is_file() or hash_file(folder / name) != sha256:
-                raise CheckpointError(f"{folder / name}: missing or changed; make the logits again")
-            self._headers[name] = read_header(folder / name)
+        changed = changed_files(folder, files)
+        if changed:
+            raise CheckpointError(
+                f"{folder}: {', '.join(changed)}: missing or changed; make the logits again"
+            )
+        self._headers = {name: read_header(folder / name) for name in files}
 
     def check(self, item: Item) -> None:
         """Refuse an item that the logits are not of.
@@ -91,8 +92,8 @@ class StoredLogits:
                 "seed and the number of items they were made with"
             )
 
-    def read(self, item_ids: Sequence[str], device: torch.device) -> TopRows:
-        """Return the rows of some items, one behind the other."""
+    def read(self, item_ids: Sequence[str], device: torch.device) -> TopPositions:
+        """Return the positions of some items, one behind the other."""
         parts: list[list[Tensor]] = []
         for item_id in item_ids:
             entry = self._items[item_id]
@@ -101,7 +102,7 @@ class StoredLogits:
         tokens, log_probs, log_tail = (
             torch.cat(part).to(device) for part in zip(*parts, strict=True)
         )
-        return TopRows(tokens.long(), log_probs, log_tail)
+        return TopPositions(tokens.long(), log_probs, log_tail)
 
 
 class LogitsWriter:
@@ -130,9 +131,9 @@ class LogitsWriter:
             hidden: (N, D) the teacher's last hidden states at the positions that count.
             head: (V, D).
         """
-        rows = chunk_rows(len(head))
         wide = head.float()
-        tops = [take_top(part.float() @ wide.T, self._num_tokens) for part in hidden.split(rows)]
+        parts = hidden.split(chunk_positions(len(head)))
+        tops = [take_top(part.float() @ wide.T, self._num_tokens) for part in parts]
         key = len(self._items) % ITEMS_PER_FILE
         name = f"logits-{len(self._files):05}.safetensors"
         self._items[item.item_id] = {"sha256": item_hash(item), "file": name, "key": key}
@@ -157,8 +158,9 @@ class LogitsWriter:
             "files": self._files,
             "items": self._items,
         }
-        text = json.dumps(manifest, indent=1) + "\n"
-        (self._folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        path = self._folder / MANIFEST_NAME
+        with writing(path):
+            path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     def _flush(self, name: str) -> None:
         write_safetensors(self._folder / name, self._waiting)

@@ -63,7 +63,7 @@ def precompute_logits(
         head = model.language_model.lm_head.weight
         identity = logits_identity(teacher, recipe, items)
         writer = LogitsWriter(folder, identity, num_tokens=num_tokens)
-        num_rows, num_items = 0, len(items.items)
+        num_positions, num_items = 0, len(items.items)
         for start in range(0, num_items, _GROUP):
             for batch in data.pack(range(start, min(start + _GROUP, num_items))):
                 prepared = prepare(batch)
@@ -72,8 +72,8 @@ def precompute_logits(
                 parts = zip(batch.indices, prepared.teacher.split(sizes), strict=True)
                 for index, hidden in parts:
                     writer.add(items.items[index], hidden, head)
-                    num_rows += len(hidden)
+                    num_positions += len(hidden)
             if progress is not None:
                 progress("teacher", min(start + _GROUP, num_items), num_items)
         writer.finish()
-    return num_rows
+    return num_positions

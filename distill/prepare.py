@@ -7,7 +7,6 @@ what the student's are compared with, or, where its logits were computed before,
 Shapes: T tokens of the row, N positions that count, D hidden.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +16,10 @@ from torch import Tensor
 from nvvl.distill.backbone import Backbone
 from nvvl.distill.data import ItemBatch
 from nvvl.distill.logits import StoredLogits
-from nvvl.distill.losses import Rows, TopRows, chunked_loss
+from nvvl.distill.losses import Positions, TopPositions, chunked_loss, relative_error
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.model.packing import Packing
-from nvvl.model.processor import ModelInputs
-from nvvl.model.video import evs_retention_mask, prune_video_tokens
+from nvvl.model.video import prune_prompt
 from nvvl.model.vlm import NemotronNanoVL
 
 
@@ -44,20 +42,20 @@ class Prepared:
     packing: Packing
     loss_mask: Tensor
     targets: Tensor
-    teacher: Tensor | TopRows
+    teacher: Tensor | TopPositions
     layers: tuple[Tensor, ...] = ()
 
     @property
-    def num_rows(self) -> int:
+    def num_positions(self) -> int:
         """N."""
         return len(self.targets)
 
     def to(self, device: torch.device) -> "Prepared":
         """Return it with its tensors on a device."""
         teacher = self.teacher
-        if isinstance(teacher, TopRows):
+        if isinstance(teacher, TopPositions):
             parts = (teacher.tokens, teacher.log_probs, teacher.log_tail)
-            moved: Tensor | TopRows = TopRows(*(part.to(device) for part in parts))
+            moved: Tensor | TopPositions = TopPositions(*(part.to(device) for part in parts))
         else:
             moved = teacher.to(device)
         return replace(
@@ -99,12 +97,12 @@ class Preparer:
     def __call__(self, batch: ItemBatch) -> Prepared:
         """Embed a batch and run the teacher over it."""
         teacher, device = self._teacher, self._device
-        rows = self._prune(batch)
-        input_ids = torch.cat([ids for ids, _, _ in rows])[None].to(device)
-        features = [part for _, part, _ in rows if part is not None]
+        pruned = self._prune(batch)
+        input_ids = torch.cat([ids for ids, _, _ in pruned])[None].to(device)
+        features = [part for _, part, _ in pruned if part is not None]
         embeds = teacher.embed(input_ids, torch.cat(features) if features else None)
-        packing = Packing.of([len(ids) for ids, _, _ in rows], device=device)
-        loss_mask = torch.cat([mask for _, _, mask in rows])[None].to(device)
+        packing = Packing.of([len(ids) for ids, _, _ in pruned], device=device)
+        loss_mask = torch.cat([mask for _, _, mask in pruned])[None].to(device)
         compared, layers = self._run_teacher(batch.item_ids, embeds, packing, loss_mask)
         targets = input_ids.roll(-1, dims=1)[loss_mask]
         return Prepared(batch.item_ids, embeds, packing, loss_mask, targets, compared, layers)
@@ -119,15 +117,15 @@ class Preparer:
         compared = prepared.teacher
         loss = chunked_loss(
             self._recipe.loss,
-            Rows(hidden[prepared.loss_mask], head),
-            teacher=compared if isinstance(compared, TopRows) else Rows(compared, head),
+            Positions(hidden[prepared.loss_mask], head),
+            teacher=compared if isinstance(compared, TopPositions) else Positions(compared, head),
             targets=prepared.targets,
         )
         return loss, layer_loss(outputs, prepared.layers) if keep_layers else None
 
     def _run_teacher(
         self, item_ids: Sequence[str], embeds: Tensor, packing: Packing, loss_mask: Tensor
-    ) -> tuple[Tensor | TopRows, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor | TopPositions, tuple[Tensor, ...]]:
         if self._logits is not None:
             return self._logits.read(item_ids, loss_mask.device), ()
         backbone = self._teacher.language_model.backbone
@@ -147,33 +145,17 @@ class Preparer:
             ids = [inputs.input_ids for inputs in batch.inputs]
             return list(zip(ids, none, batch.loss_masks, strict=True))
         features = self._teacher.encode_images(torch.cat(pixels).to(self._device))
-        rows = []
+        config, rate = self._teacher.config, self._recipe.video_pruning_rate
+        pruned = []
         for inputs, part, mask in zip(
             batch.inputs, features.split(sizes), batch.loss_masks, strict=True
         ):
-            kept, left = self._prune_item(inputs, part.flatten(0, 1))
-            rows.append((inputs.input_ids[kept], left if len(part) else None, mask[kept]))
-        return rows
-
-    def _prune_item(self, inputs: ModelInputs, features: Tensor) -> tuple[Tensor, Tensor]:
-        everything = torch.ones_like(inputs.answer_mask)
-        rate = self._recipe.video_pruning_rate
-        if inputs.video_mask is None or not rate:
-            return everything, features
-        config = self._teacher.config
-        is_image_token = inputs.input_ids == config.image_token_id
-        of_videos = features[inputs.video_mask[is_image_token].to(features.device)]
-        side = math.isqrt(config.tokens_per_tile)
-        frames = of_videos.unflatten(0, (-1, side, side)).split(inputs.video_frames)
-        masks = [evs_retention_mask(video, rate).cpu() for video in frames]
-        kept = prune_video_tokens(inputs.video_mask, masks)
-        return kept, features[kept[is_image_token].to(features.device)]
+            kept, left = prune_prompt(config, inputs, part.flatten(0, 1), rate)
+            pruned.append((inputs.input_ids[kept], left if len(part) else None, mask[kept]))
+        return pruned
 
 
 def layer_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return the squared differences of layer outputs over their squares, mean over layers."""
-    terms = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        wide = theirs.float()
-        terms.append((ours.float() - wide).square().mean() / wide.square().mean())
-    return torch.stack(terms).mean()
+    """Return the relative error of layer outputs, mean over layers."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([relative_error(ours, theirs) for ours, theirs in pairs]).mean()

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.errors import RecipeError
-from nvvl.quantize.recipe import near_names
+from nvvl.toml_tables import load_preset
 
 
 def qad_nvfp4() -> DistillRecipe:
@@ -80,11 +79,4 @@ def load_distill_recipe(spec: str | Path) -> DistillRecipe:
     Raises:
         RecipeError: if there is no such preset and no such file, or the file is not a recipe.
     """
-    if str(spec) in PRESETS:
-        return PRESETS[str(spec)]()
-    if Path(spec).suffix == ".toml":
-        return DistillRecipe.from_toml(Path(spec))
-    raise RecipeError(
-        f"{spec}: required one of {', '.join(PRESETS)}, or a file that ends in .toml"
-        f"{near_names(str(spec), list(PRESETS))}"
-    )
+    return load_preset(spec, PRESETS, DistillRecipe.from_toml)

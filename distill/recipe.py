@@ -6,16 +6,14 @@ comes out. Nothing here imports torch.
 """
 
 import dataclasses
-import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nvvl.errors import RecipeError
-from nvvl.quantize.recipe import near_names
+from nvvl.toml_tables import read_toml, require_keys
 
 Loss = Literal["kl", "mse", "ce"]
 LossTokens = Literal["text", "answers"]
@@ -148,13 +146,7 @@ class DistillRecipe:
         Raises:
             RecipeError: if a key is unknown or missing, or a value is impossible.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"recipe: unknown key {key!r}{near_names(key, known)}")
-        for key in ("name", "learning_rate"):
-            if key not in values:
-                raise RecipeError(f"recipe: missing {key}")
+        require_keys(cls, values, "recipe", RecipeError)
         fields = dict(values)
         if isinstance(fields.get("trainable"), list):
             fields["trainable"] = tuple(fields["trainable"])
@@ -167,23 +159,11 @@ class DistillRecipe:
         Raises:
             RecipeError: if the file is missing, is not TOML, or as `from_dict`.
         """
-        try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not valid TOML ({error})") from None
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
+        return read_toml(path, cls.from_dict, RecipeError)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""
         return dataclasses.asdict(self) | {"trainable": list(self.trainable)}
-
-    def to_toml(self) -> str:
-        """Return the text of a file that `from_toml` reads back to an equal recipe."""
-        # JSON strings, numbers and lists of strings are valid TOML as they stand
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
 
     def rate_factor(self, step: int) -> float:
         """Return the part of the rate at a step, from 0: linear warmup, then a cosine to zero."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.data import DistillData
-from nvvl.distill.losses import Rows, chunked_loss
+from nvvl.distill.losses import Positions, chunked_loss
 from nvvl.distill.prepare import Prepared, Preparer
 from nvvl.distill.recipe import DistillRecipe, LossTokens
 from nvvl.distill.rotation import best_gains, expected_harm, learn_rotation
@@ -208,19 +208,19 @@ def _prepared(data: DistillData, prepare: Preparer, report: Progress) -> Iterato
 
 
 @torch.no_grad()
-def _answer(model: NemotronNanoVL, data: DistillData, prepare: Preparer) -> list[Rows]:
+def _answer(model: NemotronNanoVL, data: DistillData, prepare: Preparer) -> list[Positions]:
     """Return what a model says of the held-out items, by batch."""
-    rows = []
+    answers = []
     for batch in data.validation_batches():
         hidden = prepare(batch).teacher
         assert isinstance(hidden, Tensor)
-        rows.append(Rows(hidden, model.language_model.lm_head.weight))
-    return rows
+        answers.append(Positions(hidden, model.language_model.lm_head.weight))
+    return answers
 
 
 @torch.no_grad()
 def _compare(
-    expected: Sequence[Rows],
+    expected: Sequence[Positions],
     folder: Path,
     data: DistillData,
     recipe: DistillRecipe,
@@ -229,11 +229,11 @@ def _compare(
     """Return the mean KL of what was written to what the source said."""
     rotated = load_model(folder, device=device)
     found = _answer(rotated, data, Preparer(rotated, recipe, device=device))
-    total, num_rows = 0.0, 0
+    total, num_positions = 0.0, 0
     for ours, theirs in zip(found, expected, strict=True):
         total += float(chunked_loss("kl", ours, teacher=theirs)) * len(ours.hidden)
-        num_rows += len(ours.hidden)
-    kl = total / num_rows
+        num_positions += len(ours.hidden)
+    kl = total / num_positions
     if not kl <= _MOST_KL:
         raise CheckpointError(
             f"{folder}: the rotated model is {kl:.4g} nats a token from its source, required at "

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize import nvfp4, rounding
 from nvvl.quantize.formats import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_POSITIVE
+from nvvl.quantize.pack import input_scale
 from nvvl.quantize.recipe import Format
 
 
@@ -31,11 +32,24 @@ def fake_quantize(x: Tensor, scale: Tensor, linear_format: Format) -> Tensor:
     return rounded
 
 
+def round_weight(weight: Tensor, linear_format: Format, amax: Tensor) -> Tensor:
+    """Round a weight (..., K) to a format as it will be packed, without a gradient.
+
+    Args:
+        weight: BF16, the whole of it or rows.
+        linear_format: Any format but ``bf16``.
+        amax: FP32 scalar on the CPU, of the whole weight.
+
+    Returns:
+        BF16 of the weight's shape.
+    """
+    return rounding.fake_quantize(weight, input_scale(linear_format, amax), linear_format)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, linear_format: Format) -> Tensor:
-        round_to = fp8.fake_quantize if linear_format == "fp8" else nvfp4.fake_quantize
-        rounded = round_to(x, scale)
+        rounded = rounding.fake_quantize(x, scale, linear_format)
         ctx.linear_format = linear_format
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, rounded, scale)

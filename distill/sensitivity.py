@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.distill.backbone import PREFIX, Backbone
-from nvvl.distill.losses import Rows, chunk_rows, chunked_loss
+from nvvl.distill.losses import Positions, chunk_positions, chunked_loss
 from nvvl.distill.prepare import Prepared
 from nvvl.model.attention import Attention
 from nvvl.model.vlm import Layer, NemotronNanoVL
@@ -87,7 +87,7 @@ def measure_sensitivity(
             embeds = prepared.embeds.detach().requires_grad_(True)
             hidden = backbone(embeds, packing=prepared.packing)[0][prepared.loss_mask]
             drawn = _draw_tokens(hidden.detach(), head, generator)
-            mean = chunked_loss("ce", Rows(hidden, head), targets=drawn)
+            mean = chunked_loss("ce", Positions(hidden, head), targets=drawn)
             (mean * len(drawn)).backward()
             for listener in listeners:
                 listener.collect()
@@ -159,7 +159,7 @@ class _Listener:
 def _draw_tokens(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the next token of each position from what the model expects, (N,) int64."""
     drawn = []
-    for part in hidden.split(chunk_rows(len(head))):
+    for part in hidden.split(chunk_positions(len(head))):
         shares = (part.float() @ head.float().T).softmax(-1)
         drawn.append(torch.multinomial(shares, 1, generator=generator)[:, 0])
     return torch.cat(drawn)

@@ -12,7 +12,6 @@ ones, so a run may go on with another number of processes.
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from nvvl.distill.train_folder import LOG_NAME, LazyTensors, TrainFolder
-from nvvl.errors import CheckpointError, OutputError, writing
+from nvvl.errors import CheckpointError, require_disk, writing
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.hashing import hash_file
 from nvvl.model.safetensors_io import TensorInfo, read_header, torch_dtypes
@@ -81,12 +80,8 @@ class StateFolder(TrainFolder):
             OutputError: if the folder holds another run, cannot be made, or the disk has no room.
         """
         found = self.find(overwrite=overwrite) is not None
-        free = shutil.disk_usage(self.folder).free
-        if not found and free < size_bytes:
-            raise OutputError(
-                f"{self.folder}: training state needs {size_bytes} bytes, the disk has {free} "
-                "free; free some or choose another disk"
-            )
+        if not found:
+            require_disk(self.folder, size_bytes, "training state needs")
         return found
 
     def save(

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from nvvl.distill.backbone import PREFIX, Backbone, FakeQuantLinear, make_backbone
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.scales import round_weight
 from nvvl.distill.sharding import shard_layers, slice_of
 from nvvl.errors import RecipeError
 from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize import fp8, kernels, nvfp4
-from nvvl.quantize.pack import Amax, input_scale, share_qkv
+from nvvl.quantize import kernels
+from nvvl.quantize.amaxes import Amax, share_qkv
+from nvvl.quantize.pack import input_scale
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.targets import qkv_groups
 
@@ -45,7 +47,6 @@ class Student:
         masters: FP32 leaf tensors by name; their ``grad`` is filled by `collect_gradients`. Weights
             have their tensor's name, learned input scales ``{linear}.input_log_amax``.
         amaxes: FP32 scalars: the amax of each quantized input, as it is now.
-        num_refreshes: How often weights were rounded.
         sliced: Whether each process has a slice of every layer.
     """
 
@@ -73,11 +74,10 @@ class Student:
             take_layers: Take the teacher's layers in place of copying them; it has none afterwards.
             shard: Give each process a slice of every layer.
         """
-        self.num_refreshes = 0
         self.masters: dict[str, Tensor] = {}
         self.amaxes = {fqn: a.input.clone() for fqn, a in amaxes.items() if a.input is not None}
         self._formats = dict(formats)
-        self._processes = processes or Processes("cpu")
+        self._processes = processes or Processes("cpu", join=False)
         self.sliced = shard
         scales = {fqn: input_scale(formats[fqn], amax) for fqn, amax in self.amaxes.items()}
         self.backbone = make_backbone(
@@ -103,7 +103,6 @@ class Student:
     @torch.no_grad()
     def refresh(self) -> None:
         """Give the forward the masters' values: rounded to BF16, weights to their formats too."""
-        self.num_refreshes += 1
         weights: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if name.endswith(LOG_AMAX):
@@ -178,7 +177,7 @@ class Student:
         amaxes = share_qkv({fqn: Amax(a) for fqn, a in zip(names, largest, strict=True)})
         for fqn, weight in zip(names, weights.values(), strict=True):
             if weight.numel():
-                rounded = _round_weight(weight, self._formats[fqn], amaxes[fqn].weight)
+                rounded = round_weight(weight, self._formats[fqn], amaxes[fqn].weight)
                 slice_of(self._parameters[f"{fqn}.weight"]).copy_(rounded)
 
     def _trained_names(self, recipe: DistillRecipe) -> list[str]:
@@ -251,9 +250,3 @@ def _observed(linear: FakeQuantLinear) -> Tensor:
 def _amax(weight: Tensor) -> Tensor:
     # a process may have no row of a small weight
     return kernels.amax(weight).cpu() if weight.numel() else torch.zeros(())
-
-
-def _round_weight(weight: Tensor, linear_format: Format, amax: Tensor) -> Tensor:
-    if linear_format == "fp8":
-        return fp8.fake_quantize(weight, fp8.scale_from_amax(amax))
-    return nvfp4.fake_quantize(weight, nvfp4.tensor_scale_from_amax(amax))

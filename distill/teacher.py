@@ -14,6 +14,7 @@ from nvvl.distill.data import DistillData
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint
+from nvvl.model.hashing import changed_files, hash_file
 from nvvl.model.processor import Processor
 from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.manifest import Manifest
@@ -73,7 +74,7 @@ def run_identity(
     return {
         "recipe": recipe.to_dict(),
         "teacher": teacher_digest(teacher),
-        "run": hashlib.sha256((run / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "run": hash_file(run / MANIFEST_NAME),
         "data": {
             "set": items.spec,
             "num_items": len(items.items),
@@ -97,10 +98,7 @@ def _check_unchanged(written: Checkpoint, manifest: Manifest) -> None:
         for name, record in manifest.tensors.items()
         if name in written.tensors and written.sha256(name) != record.sha256
     ]
-    for name, sha256 in manifest.files.items():
-        path = written.folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            faults.append(name)
+    faults += changed_files(written.folder, manifest.files)
     if faults:
         raise CheckpointError(
             f"{written.folder}: not what its manifest says: {_shorten(faults)}; run nvvl verify on "

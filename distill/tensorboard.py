@@ -22,7 +22,7 @@ class Events:
                 self._writer.add_scalar(f"distill/{name}", value, step)
 
 
-def require_tensorboard(folder: Path | None) -> None:
+def prepare_events_folder(folder: Path | None) -> None:
     """Make a folder of events.
 
     Args:
@@ -47,7 +47,7 @@ def open_tensorboard(folder: Path | None, step: int) -> Iterator[Events]:
     """Open a folder of events; what an earlier start wrote after ``step`` is hidden.
 
     Args:
-        folder: As in `require_tensorboard`, which is called first.
+        folder: As in `prepare_events_folder`, which is called first.
         step: Steps done already.
 
     Raises:

@@ -36,18 +36,17 @@ from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.student import Student, require_trainable
 from nvvl.distill.teacher import check_run, run_identity
-from nvvl.distill.tensorboard import open_tensorboard, require_tensorboard
+from nvvl.distill.tensorboard import open_tensorboard, prepare_events_folder
 from nvvl.distill.train_folder import LOG_NAME, hold_train_folder, train_folder
 from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, ReportedError, TrainingError, writing
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
 from nvvl.progress import Progress
-from nvvl.quantize.journal import describe_arithmetic
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
+from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import list_linears, quantized_only
 
@@ -153,7 +152,7 @@ def distill(
                 require_logits_suffice(recipe)
             if processes.is_main:
                 warn_about_rate(recipe)
-                require_tensorboard(how.tensorboard)
+                prepare_events_folder(how.tensorboard)
                 held.enter_context(hold_train_folder(out))
         return _distill_held(run, teacher, out, recipe, items, seed, how, processes)
 
@@ -318,12 +317,12 @@ class Trainer:
         began = time.perf_counter()
         with self._processes.agreed():
             batches = self._data.training_batches(step)
-        counted = torch.tensor([_num_rows(batches), sum(b.num_tokens for b in batches)])
-        num_rows, num_tokens = self._processes.sum(counted).tolist()
+        counted = torch.tensor([_num_positions(batches), sum(b.num_tokens for b in batches)])
+        num_positions, num_tokens = self._processes.sum(counted).tolist()
         losses = torch.zeros(2)
         for batch, counts in self._in_turns(batches):
             prepared = self.prepare(batch)
-            share = counts * prepared.num_rows / num_rows
+            share = counts * prepared.num_positions / num_positions
             scale = self._processes.count if self.student.sliced else 1  # FSDP2 takes the mean
             loss, of_layers = self.prepare.loss(self.student.backbone, prepared)
             total = loss if of_layers is None else loss + self._recipe.layer_loss * of_layers
@@ -350,7 +349,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         return record | {
             "tokens": num_tokens,
-            "loss_tokens": num_rows,
+            "loss_tokens": num_positions,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(num_tokens / seconds, 1),
         }
@@ -372,15 +371,15 @@ class Trainer:
             loss = float(self.prepare.loss(self.student.backbone, on_device)[0])
             if not math.isfinite(loss):
                 fault = fault or f"loss {loss}; items {', '.join(prepared.item_ids)}"
-            sums += counts * prepared.num_rows * torch.tensor([loss, 1.0], dtype=torch.float64)
+            sums += counts * prepared.num_positions * torch.tensor([loss, 1.0], dtype=torch.float64)
         with self._processes.agreed():
             if fault:
                 raise TrainingError(
                     f"validation at step {step}: {fault}; leave out an item that is broken, or "
                     "lower learning_rate"
                 )
-        total, num_rows = self._processes.sum(sums).tolist()
-        return total / num_rows
+        total, num_positions = self._processes.sum(sums).tolist()
+        return total / num_positions
 
     def _prepare_validation(self) -> list[Prepared]:
         """Make the held-out rows ready: the teacher's side never changes, and stays on the CPU.
@@ -460,8 +459,8 @@ class Trainer:
         return self._how.tensorboard if self._processes.is_main else None
 
 
-def _num_rows(batches: Sequence[ItemBatch]) -> int:
-    return sum(batch.num_rows for batch in batches)
+def _num_positions(batches: Sequence[ItemBatch]) -> int:
+    return sum(batch.num_positions for batch in batches)
 
 
 def _describe(record: dict[str, Any], standing: Standing) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 import nvvl
 from nvvl.distill.recipe import Method
 from nvvl.errors import CheckpointError, OutputError, writing
-from nvvl.model.hashing import hash_file
+from nvvl.model.hashing import changed_files
 from nvvl.model.safetensors_io import TensorInfo, read_tensor
 from nvvl.quantize.manifest import library_versions
 from nvvl.quantize.staging import locked
@@ -111,7 +111,7 @@ class TrainFolder:
             self.check(state)
             if not isinstance(state["identity"], dict) or not isinstance(state["files"], dict):
                 raise TypeError("identity and files")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.path}: not a training state of nvvl ({error!r}); pass --overwrite to start "
                 "again"
@@ -143,7 +143,7 @@ class TrainFolder:
             CheckpointError: if it is not what was saved.
         """
         path = self.folder / name
-        if not path.is_file() or hash_file(path) != state["files"].get(name):
+        if changed_files(self.folder, {name: state["files"].get(name, "")}):
             raise CheckpointError(
                 f"{path}: missing or changed since it was saved; pass --overwrite to start again"
             )

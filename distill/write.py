@@ -9,7 +9,6 @@ The quantized folder is made from the BF16 folder on disk, not from memory.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,17 +22,17 @@ from nvvl.errors import writing
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from nvvl.model.safetensors_io import tensor_bytes
 from nvvl.quantize import kernels
+from nvvl.quantize.amaxes import Amax, share_qkv
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.load import read_recipe_formats
 from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions, write_json
-from nvvl.quantize.pack import (
-    Amax,
-    pack_linear,
-    require_usable,
-    share_qkv,
+from nvvl.quantize.pack import pack_linear, require_usable
+from nvvl.quantize.side_files import (
+    RECIPE_NAME,
+    copy_side_files,
+    read_recipe,
+    write_side_files,
 )
-from nvvl.quantize.recipe import Recipe
-from nvvl.quantize.side_files import RECIPE_NAME, copy_side_files, write_side_files
 from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import list_linears, quantized_only
 
@@ -88,10 +87,7 @@ def write_bf16(
         OutputError: if a file cannot be written.
     """
     checkpoint = Checkpoint(teacher)
-    in_file_order = sorted(
-        checkpoint.tensors.values(), key=lambda info: (info.file.name, info.start)
-    )
-    layout = [TensorSpec(info.name, info.dtype, info.shape) for info in in_file_order]
+    layout = [TensorSpec(info.name, info.dtype, info.shape) for info in checkpoint.in_file_order()]
     source, written = {}, {}
     with CheckpointWriter(folder, layout) as writer:
         for spec in layout:
@@ -158,12 +154,12 @@ def write_quantized(
                 sha256 = writer.write(key, tensor)
                 written[key] = TensorRecord(sha256, layout[key].dtype, layout[key].shape)
         writer.finish()
-    write_side_files(folder, checkpoint, _read_recipe(run), formats, amaxes)
+    recipe, _ = read_recipe(run)
+    write_side_files(folder, checkpoint, recipe, formats, amaxes)
     items = Manifest.read(run).items
-    recipe_name = _read_recipe(run).name
     return _write_manifest(
         folder,
-        recipe_name,
+        recipe.name,
         hashes,
         written,
         items=items,
@@ -180,11 +176,6 @@ def _amaxes(
         weight = checkpoint.load(f"{fqn}.weight").to(torch.bfloat16)
         amaxes[fqn] = Amax(kernels.amax(weight), weights.get(f"{INPUT_AMAX}{fqn}"))
     return share_qkv(amaxes)
-
-
-def _read_recipe(run: Path) -> Recipe:
-    values = json.loads((run / RECIPE_NAME).read_text(encoding="utf-8"))
-    return Recipe.from_dict(values["recipe"])
 
 
 def _copy_config(source: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nvvl.model.config import VLMConfig
 from nvvl.model.generate import GREEDY, Sampling, ThinkingBudget, Thought, choose_tokens
 from nvvl.model.processor import ModelInputs
-from nvvl.model.video import evs_retention_mask, prune_video_tokens
+from nvvl.model.video import prune_prompt
 from nvvl.model.vlm import ModelState, NemotronNanoVL
 
 
@@ -116,8 +116,9 @@ def answer(
     start = time.perf_counter()
     ids, features = inputs.input_ids, None
     if len(inputs.pixel_values):
-        features = backend.encode_images(inputs.pixel_values)
-        ids, features = prune(config, inputs, features, pruning_rate)
+        rows = backend.encode_images(inputs.pixel_values).flatten(0, 1)
+        kept, features = prune_prompt(config, inputs, rows, pruning_rate)
+        ids = ids[kept]
     logits = backend.prefill(ids[None], features)
     tokens: list[int] = []
     thought = Thought(thinking_budget, ids.tolist())
@@ -137,31 +138,3 @@ def answer(
         logits = backend.decode(token)
     end = time.perf_counter()
     return Answer(tokens, len(ids), first - start, end - first)
-
-
-def prune(
-    config: VLMConfig, inputs: ModelInputs, features: Tensor, pruning_rate: float
-) -> tuple[Tensor, Tensor]:
-    """Drop the video tokens that EVS finds to repeat the frame before.
-
-    Args:
-        config: the model's.
-        inputs: the prompt.
-        features: (n, tokens_per_tile, hidden) of its tiles.
-        pruning_rate: share of video tokens to drop.
-
-    Returns:
-        Ids (T,) that are left, and the features (rows, hidden) of the image tokens among them.
-    """
-    rows = features.flatten(0, 1)
-    if inputs.video_mask is None or pruning_rate == 0:
-        return inputs.input_ids, rows
-    is_image = inputs.input_ids == config.image_token_id
-    side = config.tokens_per_side
-    of_videos = rows[inputs.video_mask[is_image].to(rows.device)]
-    frames = of_videos.unflatten(0, (-1, side, side))
-    masks = [
-        evs_retention_mask(video, pruning_rate) for video in frames.split(list(inputs.video_frames))
-    ]
-    kept = prune_video_tokens(inputs.video_mask, masks)
-    return inputs.input_ids[kept], rows[kept[is_image].to(rows.device)]

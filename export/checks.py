@@ -78,7 +78,7 @@ def judge(
         rule=rule,
         name=name,
         passed=not faults,
-        detail=_summarize(faults) if faults else note,
+        detail=_name_some(faults) if faults else note,
         faults=tuple(faults),
         servers=servers,
         silent=silent,
@@ -135,7 +135,25 @@ def rule(
     return wrap
 
 
-def _summarize(faults: Sequence[str]) -> str:
+def summarize(server: str, checks: Sequence[Check]) -> list[str]:
+    """Say which rules of a server hold: how many, each that fails, those not checked.
+
+    Args:
+        server: as the checks name it; those that do not concern it are passed over.
+        checks: of all rules.
+    """
+    concerned = [check for check in checks if server in check.servers]
+    failed = [check for check in concerned if check.passed is False]
+    unchecked = [check.rule for check in concerned if check.passed is None]
+    held = len(concerned) - len(failed) - len(unchecked)
+    lines = [f"{server}: {held} of {len(concerned)} rules hold"]
+    lines += [f"FAILS {check.rule} ({check.name}): {check.detail}" for check in failed]
+    if unchecked:
+        lines.append(f"not checked: {', '.join(unchecked)}")
+    return lines
+
+
+def _name_some(faults: Sequence[str]) -> str:
     named = "; ".join(faults[:_MAX_NAMED])
     more = len(faults) - _MAX_NAMED
     return f"{named}; and {more} more" if more > 0 else named

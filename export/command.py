@@ -44,10 +44,11 @@ def plan(
 ) -> None:
     """Show what a run would do: bytes, memory, time, server rules; reads headers only."""
     from nvvl.console import print_json, print_table
-    from nvvl.export.planned import planned_view, summarize_rules
+    from nvvl.export.checks import summarize
+    from nvvl.export.planned import planned_view
     from nvvl.export.server_rules import check_server_rules
     from nvvl.model.resolve import resolve_model
-    from nvvl.quantize.estimate import choose_limits, parse_memory
+    from nvvl.quantize.limits import choose_limits, parse_memory
     from nvvl.quantize.plan import make_plan
     from nvvl.quantize.plan_text import plan_lines, plan_table
 
@@ -72,7 +73,7 @@ def plan(
     print_table(plan_table(planned))
     print("\n".join(plan_lines(planned, limits)))
     for server in ("vLLM", "TensorRT-LLM"):
-        print(summarize_rules(server, checks))
+        print("; ".join(summarize(server, checks)))
 
 
 def verify(
@@ -142,7 +143,7 @@ def chat(
         float,
         typer.Option(min=0, max=1, help="Sample from the likeliest tokens that reach this sum."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
     think: Annotated[
         bool, typer.Option("--think", help="Reason first, as with /think in the question.")
     ] = False,

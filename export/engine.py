@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import nvvl
-from nvvl.errors import EngineError, OutputError
+from nvvl.errors import EngineError, require_disk
 from nvvl.export.engine_graphs import GraphSet, open_graphs
 from nvvl.export.engine_memory import available_memory, require_build_memory
 from nvvl.export.engine_process import BuiltEngine, run_build
@@ -153,7 +153,8 @@ def build_into(
     for name, info in graphs.infos.items():
         options.require_memory(name, info.weight_bytes, layer_sizes(info.weights))
     graphs.require_unchanged()
-    _require_disk(folder, graphs)
+    needed = sum(info.weight_bytes + _KERNEL_BYTES for info in graphs.infos.values())
+    require_disk(dest.parent, needed, "the engines need about")
     kept_log = dest.with_name(f"{dest.name}.{LOG_NAME}")
     try:
         engines = _build_all(folder, graphs, profiles, options, progress)
@@ -194,16 +195,6 @@ def _build_all(
 
         engines[name] = run_build(request, on_step=report)
     return engines
-
-
-def _require_disk(folder: Path, graphs: GraphSet) -> None:
-    needed = sum(info.weight_bytes + _KERNEL_BYTES for info in graphs.infos.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{folder.parent.parent}: the engines need about {needed} bytes, the disk has {free} "
-            f"free; free {needed - free} bytes or choose another disk"
-        )
 
 
 def _write_side_files(folder: Path, graphs: GraphSet, spans: Mapping[str, Span]) -> None:

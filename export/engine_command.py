@@ -71,7 +71,7 @@ def engine(
     from nvvl.export.engine_targets import choose_builder
     from nvvl.export.onnx_extra import require_onnx
     from nvvl.model.resolve import resolve_model
-    from nvvl.quantize.estimate import parse_memory
+    from nvvl.quantize.limits import parse_memory
 
     chosen_builder, targets = choose_builder(builder, target or ())
     require_onnx()

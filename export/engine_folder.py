@@ -9,7 +9,7 @@ from typing import Any
 
 from nvvl.errors import EngineError, HardwareError
 from nvvl.export.engine_targets import BUILDERS, Builder
-from nvvl.model.hashing import hash_file
+from nvvl.model.hashing import changed_files
 from nvvl.quantize.staging import MANIFEST_NAME
 
 
@@ -59,13 +59,9 @@ def open_engine_folder(folder: Path) -> EngineFolder:
             f"{path}: cannot be read ({error.strerror}); required a folder that nvvl export engine "
             "wrote"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: not a manifest of engines ({error!r}); build again") from None
-    changed = [
-        name
-        for name, sha256 in sorted(recorded.items())
-        if not (folder / name).is_file() or hash_file(folder / name) != sha256
-    ]
+    changed = changed_files(folder, recorded)
     if changed:
         raise EngineError(
             f"{folder}: {', '.join(changed)}: changed or lost since the engines were built; build "

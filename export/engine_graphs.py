@@ -5,7 +5,6 @@ graphs themselves, without their weights, so that a graph of any size answers at
 said about it cannot differ from what would be built.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from onnx import TensorProto
 
 from nvvl.errors import EngineError
 from nvvl.export.engine_targets import Precision
+from nvvl.export.onnx_export import read_manifest
 from nvvl.export.onnx_io import IO_NAME, read_io
-from nvvl.model.hashing import hash_file
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.model.hashing import changed_files
 
 # A dimension is a number, or the word of a dynamic one.
 Dimension = int | str
@@ -121,15 +120,7 @@ def open_graphs(folder: Path) -> GraphSet:
         EngineError: if it is not a folder that ``nvvl export onnx`` wrote, or a graph was altered.
     """
     io = read_io(folder)
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(manifest["files"], dict)
-        assert isinstance(manifest["checkpoint"], dict)
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); export again") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise EngineError(f"{path}: not a manifest of nvvl ({error!r}); export again") from None
+    manifest = read_manifest(folder)
     small = (IO_NAME, *(entry["file"] for entry in io["graphs"].values()))
     _require_hashes(folder, {name: manifest["files"].get(name, "") for name in small})
     infos = {name: read_graph(folder / entry["file"]) for name, entry in io["graphs"].items()}
@@ -156,11 +147,7 @@ def read_graph(path: Path) -> GraphInfo:
 
 
 def _require_hashes(folder: Path, recorded: Mapping[str, str]) -> None:
-    changed = [
-        name
-        for name, sha256 in sorted(recorded.items())
-        if not (folder / name).is_file() or hash_file(folder / name) != sha256
-    ]
+    changed = changed_files(folder, recorded)
     if changed:
         raise EngineError(
             f"{folder}: {', '.join(changed)}: changed or lost since the graphs were written; "

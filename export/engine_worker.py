@@ -26,8 +26,6 @@ from typing import Any
 # min, opt and max of every dimension of an input
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-_MIB = 2**20
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:

@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
+from nvvl.model.patterns import matches_pattern
+
 Exclusion = Callable[[str, Sequence[str]], str | None]
 
 FUSED = ("q_proj", "k_proj", "v_proj")
@@ -135,7 +137,7 @@ def _with_parents(name: str) -> Iterator[str]:
 
 def _matches_subtree(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return matches_pattern(pattern[3:], name, whole=True)
     return fnmatchcase(name, pattern) or (
         pattern.endswith(".*") and fnmatchcase(name, pattern[:-2])
     )

@@ -16,7 +16,7 @@ from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.rules_config import find_copied_files
 from nvvl.export.tensor_files import CALIBRATION_NAME, hash_tensor
 from nvvl.export.view import CheckpointView
-from nvvl.model.hashing import hash_file
+from nvvl.model.hashing import changed_files
 
 # SHA-256, dtype, shape
 _Entry = tuple[str, str, tuple[int, ...]]
@@ -106,17 +106,20 @@ class HashProof:
         ]
 
     def _file_faults(self, folder: Path) -> list[str]:
-        faults = []
-        for name, sha256 in sorted(self.files.items()):
-            path = folder / name
-            if not path.is_file():
-                faults.append(f"{name}: missing")
-            elif hash_file(path) != sha256:
-                faults.append(f"{name}: bytes changed since it was written")
         found = {*find_copied_files(folder), *(name for name in _MADE if (folder / name).is_file())}
-        return faults + [
+        return changed_file_faults(folder, self.files) + [
             f"{name}: not in the manifest" for name in sorted(found - self.files.keys())
         ]
+
+
+def changed_file_faults(folder: Path, recorded: Mapping[str, str]) -> list[str]:
+    """Describe each file that is missing or not what it was, by name and recorded SHA-256."""
+    return [
+        f"{name}: bytes changed since it was written"
+        if (folder / name).is_file()
+        else f"{name}: missing"
+        for name in changed_files(folder, recorded)
+    ]
 
 
 def unavailable_hashes(reason: str, *, passed: bool | None) -> list[Check]:

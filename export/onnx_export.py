@@ -29,7 +29,8 @@ import onnx
 import nvvl
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import load_calibration_set
-from nvvl.errors import CheckpointError, EngineError, OutputError
+from nvvl.errors import CheckpointError, EngineError, require_disk
+from nvvl.export.hash_proof import changed_file_faults
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import Graph
 from nvvl.export.onnx_io import IO_NAME, describe_graphs
@@ -41,7 +42,7 @@ from nvvl.export.parts import layer_sizes, split_layers
 from nvvl.export.vision_fp8 import NUM_IMAGES, SCALES_NAME, find_scales, use_scales
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.checkpoint_writer import write_safetensors
-from nvvl.model.hashing import hash_file
+from nvvl.model.hashing import changed_files, hash_file
 from nvvl.progress import Progress
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.side_files import copied_files
@@ -144,13 +145,7 @@ def file_faults(dest: Path) -> list[str]:
     Raises:
         EngineError: if the manifest cannot be read.
     """
-    faults = []
-    for name, sha256 in sorted(read_manifest(dest)["files"].items()):
-        if not (dest / name).is_file():
-            faults.append(f"{name}: missing")
-        elif hash_file(dest / name) != sha256:
-            faults.append(f"{name}: bytes changed since it was written")
-    return faults
+    return changed_file_faults(dest, read_manifest(dest)["files"])
 
 
 def read_manifest(dest: Path) -> dict[str, Any]:
@@ -165,8 +160,10 @@ def read_manifest(dest: Path) -> dict[str, Any]:
         made_from = manifest["checkpoint"]
         is_known = isinstance(manifest["files"], dict) and "manifest_sha256" in made_from
         is_known = is_known and isinstance(made_from["tensors"], dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path}: cannot be read as a manifest ({error!r})") from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{path}: cannot be read as a manifest ({error!r}); export again"
+        ) from None
     if not is_known:
         raise EngineError(f"{path}: not the manifest of a folder of graphs; export again")
     return manifest
@@ -210,11 +207,7 @@ def _read_the_rest(weights: CheckpointWeights) -> None:
 
 
 def _require_unchanged_files(run: Path) -> None:
-    changed = [
-        name
-        for name, sha256 in sorted(read_hashes(run).files.items())
-        if not (run / name).is_file() or hash_file(run / name) != sha256
-    ]
+    changed = changed_files(run, read_hashes(run).files)
     if changed:
         raise CheckpointError(
             f"{run}: {', '.join(changed)}: changed since the checkpoint was written; quantize it "
@@ -228,12 +221,7 @@ def _require_space(folder: Path, checkpoint: Checkpoint, recipe: GraphRecipe) ->
     for info in checkpoint.tensors.values():
         wide = recipe.dtype == "f32" and info.dtype in ("BF16", "F16")
         required += info.nbytes * (2 if wide else 1)
-    free = shutil.disk_usage(folder).free
-    if free < required:
-        raise OutputError(
-            f"{folder.parent}: the graphs need about {required} bytes, the disk has {free} free; "
-            f"free {required - free} bytes or choose another disk"
-        )
+    require_disk(folder.parent, required, "the graphs need about")
 
 
 def _make_manifest(

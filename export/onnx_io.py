@@ -8,6 +8,7 @@ model        what a runner must know of the network: sizes, special tokens
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,18 +93,29 @@ def read_io(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
+        files = {name: graph["file"] for name, graph in values["graphs"].items()}
     except OSError as error:
         raise EngineError(
             f"{path}: cannot be read ({error.strerror}); required a folder that nvvl export onnx "
             "wrote"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: not an io.json of nvvl ({error!r}); export again") from None
+    for name, file in files.items():  # engines are written under these names
+        if not (_is_plain(name) and _is_plain(file)):
+            raise EngineError(
+                f"{path}: graph {name!r} in file {file!r}: required names of letters, digits, _, - "
+                "and dots; export again"
+            )
     if version != FORMAT_VERSION:
         raise EngineError(
             f"{path}: format_version {version}, this nvvl reads {FORMAT_VERSION}; export again"
         )
     return values
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
 
 
 def _describe_port(port: Port) -> dict[str, Any]:

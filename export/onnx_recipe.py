@@ -12,14 +12,13 @@ An unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from nvvl.errors import RecipeError
-from nvvl.quantize.recipe import near_names
+from nvvl.toml_tables import read_toml, require_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,7 @@ class GraphRecipe:
         Raises:
             RecipeError: if a key is unknown, or a value is impossible.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"recipe: unknown key {key!r}{near_names(key, known)}")
+        require_keys(cls, values, "recipe", RecipeError)
         return cls(**values)
 
     @classmethod
@@ -92,16 +88,7 @@ class GraphRecipe:
         Raises:
             RecipeError: if the file is missing, is not TOML, or as `from_dict`.
         """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not valid TOML ({error})") from None
-        try:
-            return cls.from_dict(values)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
+        return read_toml(path, cls.from_dict, RecipeError)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `from_dict` and JSON take."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize import fp8, nvfp4, rounding
 from nvvl.quantize.formats import BLOCK_SIZE, E2M1_BOUNDARIES, E2M1_VALUES
 from nvvl.quantize.linear import QuantizedLinear
 
@@ -90,7 +90,7 @@ class TieSettler:
         if theirs is None or theirs.shape != x.shape:
             self.faults.append(f"{fqn}: the graph does not quantize this")
             return None
-        ours = (fp8 if linear_format == "fp8" else nvfp4).fake_quantize(x, scale)
+        ours = rounding.fake_quantize(x, scale, linear_format)
         differs = ours != theirs
         self.num_values += x.numel()
         if not differs.any():

@@ -132,7 +132,7 @@ def read_hashes(folder: Path) -> HashProof:
             f"{path}: cannot be read ({error.strerror}); required a quantized checkpoint that "
             "nvvl wrote"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest of nvvl ({error!r})") from None
 
 

@@ -7,7 +7,6 @@ before a byte is written. Rules that need files or written scales say "not check
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvvl.export.checks import Check
 from nvvl.export.view import CheckpointView, TensorHeader
 from nvvl.model.checkpoint_writer import Shard
 from nvvl.model.safetensors_io import TensorSpec
@@ -45,16 +44,3 @@ def planned_view(
         },
         source=source,
     )
-
-
-def summarize_rules(server: str, checks: Sequence[Check]) -> str:
-    """Say in one line which rules of a server will hold and which will fail."""
-    concerned = [check for check in checks if server in check.servers]
-    failed = [check for check in concerned if check.passed is False]
-    open_ids = [check.rule for check in concerned if check.passed is None]
-    held = len(concerned) - len(failed) - len(open_ids)
-    parts = [f"{held} of {len(concerned)} rules hold"]
-    parts += [f"FAILS {check.rule} ({check.name}): {check.detail}" for check in failed]
-    if open_ids:
-        parts.append(f"known only once written: {', '.join(open_ids)}")
-    return f"{server}: {'; '.join(parts)}"

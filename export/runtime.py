@@ -158,14 +158,12 @@ class Engine:
         return tensors
 
     def _launch(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self._context.execute_async_v3(_current_stream(self._device)):
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise EngineError(f"{self._path}: the engine failed; the library's log says why")
         return {name: tensors[name] for name in self._outputs}
 
     def _capture(self, tensors: Mapping[str, Tensor]) -> Any:
         """Run once, so that all is allocated, then record the launches."""
-        if self._device.type != "cuda":
-            return _Replay(lambda: self._launch(tensors))
         self._launch(tensors)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -215,14 +213,3 @@ class Engine:
                     f"{self._path}: {dim} is {size}, the engine was built for {span.low} to "
                     f"{span.high}; build it with --shape {dim}=..."
                 )
-
-
-class _Replay:
-    """Stands in for a CUDA graph where there is no CUDA."""
-
-    def __init__(self, launch: Any) -> None:
-        self.replay = launch
-
-
-def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvvl.export.checks import Check
+from nvvl.export.checks import Check, summarize
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.servers import SERVERS, ServerName
 from nvvl.export.view import CheckpointView
@@ -40,13 +40,7 @@ class ServingPlan:
 
     def lines(self) -> list[str]:
         """Return the plan for a reader: faults first, the command last."""
-        failed = [check for check in self.checks if check.passed is False]
-        unchecked = [check.rule for check in self.checks if check.passed is None]
-        held = len(self.checks) - len(failed) - len(unchecked)
-        lines = [f"{self.server}: {held} of {len(self.checks)} rules hold"]
-        if unchecked:
-            lines.append(f"not checked: {', '.join(unchecked)}")
-        lines += [f"fails {check.rule}: {check.name}: {check.detail}" for check in failed]
+        lines = summarize(self.server, self.checks)
         lines += [f"cannot take: {obstacle}" for obstacle in self.obstacles]
         lines += [f"note: {note}" for note in self.notes]
         return [*lines, "", *self.commands]

@@ -91,7 +91,7 @@ def _open_hashes(folder: Path) -> tuple[HashProof | None, list[Check]]:
         return HashProof.from_manifest(manifest), []
     except FileNotFoundError:
         return None, unavailable_hashes(f"the folder has no {MANIFEST_NAME}", passed=None)
-    except (CheckpointError, OSError, ValueError) as fault:
+    except (CheckpointError, OSError, ValueError, RecursionError) as fault:
         reason = f"{MANIFEST_NAME}: not a manifest of nvvl ({fault})"
         return None, unavailable_hashes(reason, passed=False)
 

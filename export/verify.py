@@ -26,7 +26,9 @@ from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.tensor_proof import prove_tensors
 from nvvl.export.view import CheckpointView, open_view
+from nvvl.model.hashing import hash_file
 from nvvl.progress import Progress
+from nvvl.quantize.staging import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item
@@ -48,28 +50,27 @@ class VerificationReport:
         checks: In the order of the rules.
         sqnr_db: Signal to quantization noise of each dequantized weight against the source, by
             module name.
+        manifest_sha256: Of ``manifest.json``, which has the hashes of all that was proved; None
+            where there is none.
     """
 
     folder: Path
     source: Path | None
     checks: tuple[Check, ...]
     sqnr_db: Mapping[str, float] = field(default_factory=dict)
+    manifest_sha256: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether no check failed; checks that could not run do not fail."""
         return all(check.passed is not False for check in self.checks)
 
-    @property
-    def failed_checks(self) -> tuple[Check, ...]:
-        """The checks that failed."""
-        return tuple(check for check in self.checks if check.passed is False)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         return {
             "folder": str(self.folder.resolve()),
             "source": None if self.source is None else str(self.source),
+            "manifest_sha256": self.manifest_sha256,
             "passed": self.passed,
             "counts": self._counts(),
             "checks": [check.to_dict() for check in self.checks],
@@ -154,7 +155,9 @@ def verify(
         checks += prove_logits(out, source, probe_items=probe_items)
     if graphs is not None:
         checks += _prove_graphs(out, graphs, broken, probe_items, progress)
-    return VerificationReport(out, source, tuple(checks), tensors.sqnr_db)
+    manifest = out / MANIFEST_NAME
+    digest = hash_file(manifest) if manifest.is_file() else None
+    return VerificationReport(out, source, tuple(checks), tensors.sqnr_db, digest)
 
 
 def _open_source(source: Path) -> CheckpointView:

@@ -97,9 +97,19 @@ class CheckpointView:
 
     @cached_property
     def code_files(self) -> tuple[str, ...]:
-        """Names of the code files that auto_map of config.json names, sorted."""
+        """Names of the code files that auto_map of config.json names, sorted.
+
+        Raises:
+            CheckpointError: if auto_map is no object.
+        """
+        auto_map = self.config.get("auto_map") or {}
+        if not isinstance(auto_map, dict):
+            raise CheckpointError(
+                f"config.json: auto_map: required an object, got {auto_map!r:.60}; take the file "
+                "from the source checkpoint"
+            )
         modules = set()
-        for value in (self.config.get("auto_map") or {}).values():
+        for value in auto_map.values():
             for target in value if isinstance(value, list) else [value]:
                 if isinstance(target, str):  # a list has null for a class that does not exist
                     modules.add(target.rpartition("--")[2].partition(".")[0])

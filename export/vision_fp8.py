@@ -25,7 +25,6 @@ from nvvl.model.vlm import NemotronNanoVL
 from nvvl.progress import Progress
 from nvvl.quantize import fp8
 from nvvl.quantize.linear import QuantizedLinear
-from nvvl.quantize.load import replace_module
 
 SCALES_NAME = "vision_scales.safetensors"
 NUM_IMAGES = 64
@@ -123,7 +122,7 @@ def quantize_vision(model: NemotronNanoVL, folder: Path, dtype: torch.dtype) -> 
         quantized.weight = fp8.quantize(linear.weight.bfloat16(), quantized.weight_scale)
         quantized.bias = linear.bias
         quantized.prepare(dtype)
-        replace_module(model, fqn, quantized)
+        model.set_submodule(fqn, quantized)
 
 
 def _load_vision(checkpoint: Checkpoint) -> NemotronNanoVL:

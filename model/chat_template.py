@@ -53,7 +53,7 @@ def _read_tokenizer_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: required a JSON object, got {type(values).__name__}")

@@ -5,7 +5,8 @@ shards tell the same story: every tensor the index names is in the shard it name
 holds a tensor the index lacks. Tensors are then read one at a time by name, so that a model
 larger than memory can be walked. `nvvl.model.checkpoint_writer` is the other direction.
 
-Not done here: whether the tensors are those the architecture needs (`nvvl.model.load`).
+Which tensors the architecture needs is not known here: `require_tensors` compares with what the
+network (`nvvl.model.load`) or config.json (`nvvl.model.tensor_list`) says.
 """
 
 import hashlib
@@ -79,6 +80,10 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder}: no tensor named {name}") from None
 
+    def in_file_order(self) -> list[TensorInfo]:
+        """Return the header entries in the order of their bytes, shard by shard."""
+        return sorted(self.tensors.values(), key=lambda info: (info.file.name, info.start))
+
     def load(self, name: str) -> "torch.Tensor":
         """Read one tensor into fresh CPU memory, in the dtype it is stored in.
 
@@ -106,6 +111,63 @@ class Checkpoint:
                 f"{info.file}: {info.name}: required {ndim} dimensions, got shape {info.shape}"
             )
         return info.shape
+
+
+def require_bf16_config(folder: Path, config: VLMConfig) -> None:
+    """Refuse a folder that says it is quantized.
+
+    Raises:
+        CheckpointError: if config.json has a ``quantization_config``.
+    """
+    if "quantization_config" in config.raw:
+        raise CheckpointError(
+            f"{folder}: config.json has a quantization_config; required the BF16 checkpoint that "
+            "it was made from"
+        )
+
+
+def require_tensors(
+    folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare names and shapes of a folder's tensors with those that config.json implies.
+
+    Args:
+        folder: For errors.
+        found: Shapes by name.
+        expected: Shapes by name.
+
+    Raises:
+        CheckpointError: listing every missing, unexpected and misshapen tensor, each kind sorted.
+    """
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())]
+    faults += [
+        f"{name} has shape {found[name]}, required {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{folder}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}; "
+            "download it again"
+        )
+
+
+def require_finite(tensor: "torch.Tensor", info: TensorInfo) -> None:
+    """Refuse NaN and Inf; tensors of integers have none.
+
+    Args:
+        tensor: The values of the tensor, or of a part of it, in any shape and dtype.
+        info: Its header entry, for errors.
+
+    Raises:
+        CheckpointError: naming file and tensor.
+    """
+    # extremes carry NaN and Inf along; far cheaper than looking at each element with isfinite
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = tensor.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise CheckpointError(f"{info.file}: {info.name}: holds NaN or Inf; download it again")
 
 
 def _require_square(positions: int, folder: Path) -> int:
@@ -152,7 +214,7 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); download it again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, require_disk
 from nvvl.model.safetensors_io import (
     TensorInfo,
     TensorSpec,
@@ -142,7 +142,7 @@ class CheckpointWriter:
         with explain_os_errors(self._folder, self.files_bytes()):
             self._folder.mkdir(parents=True, exist_ok=True)
             kept = [self._reopen(shard) for shard in self._shards] if resume is not None else []
-            self._require_space()
+            require_disk(self._folder, self.bytes_to_come(), "the checkpoint needs")
             for shard in self._shards:
                 if shard.name not in kept:
                     self._create(shard)
@@ -281,15 +281,6 @@ class CheckpointWriter:
         # st_blocks counts what a sparse file really holds
         held = sum(os.fstat(file.fileno()).st_blocks * 512 for file in self._files.values())
         return max(0, self.files_bytes() - held)
-
-    def _require_space(self) -> None:
-        required = self.bytes_to_come()
-        free = shutil.disk_usage(self._folder).free
-        if free < required:
-            raise OutputError(
-                f"{self._folder}: the checkpoint needs {required} bytes, the disk has {free} free; "
-                f"free {required - free} bytes or choose another disk"
-            )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:

@@ -6,7 +6,7 @@ that joins the two at the top level. This file turns it into frozen dataclasses 
 missing or contradictory; it never fills in a value that changes the numbers.
 
 What a config cannot say is taken from tensor shapes when a checkpoint is opened
-(`VLMConfig.from_folder`): the number of cls and register tokens and the size of the position
+(`VLMConfig.with_shapes`): the number of cls and register tokens and the size of the position
 table.
 """
 
@@ -31,6 +31,15 @@ _VIT_SIZES = {
     "vit_large_patch16_224": (1024, 24, 16),
     "vit_huge_patch16_224": (1280, 32, 16),
 }
+
+# Far above any model of the family: what is larger can only exhaust memory, or overflow.
+_MOST_SIZE = 1 << 24
+_MOST_LAYERS = 1024
+_MOST_IMAGE_SIZE = 8192
+_MOST_TILES = 1024  # every grid of at most so many is looked at
+_LEAST_RATIO = 0.01
+_NORM_MEANS = (-1e6, 1e6)
+_NORM_STDS = (1e-6, 1e6)
 
 # config.json keys without a default: a wrong guess would change the model's answers.
 _TOP_KEYS = (
@@ -110,7 +119,12 @@ class LanguageConfig:
         pattern = _get(values, "hybrid_override_pattern", "llm_config")
         _require(
             isinstance(pattern, str),
-            f"llm_config.hybrid_override_pattern: required text, got {pattern!r}",
+            f"llm_config.hybrid_override_pattern: required text, got {pattern!r:.60}",
+        )
+        _require(
+            1 <= len(pattern) <= _MOST_LAYERS,
+            f"llm_config.hybrid_override_pattern: required 1 to {_MOST_LAYERS} layers, got "
+            f"{len(pattern)}",
         )
         unknown = sorted(set(pattern) - set(_PATTERN))
         _require(
@@ -126,15 +140,19 @@ class LanguageConfig:
         )
         for key in ("attention_bias", "mlp_bias", "use_bias", "tie_word_embeddings"):
             _require(
-                not values.get(key, False), f"llm_config.{key}: only false is supported, got true"
+                not _flag(values, key, "llm_config.", default=False),
+                f"llm_config.{key}: only false is supported, got true",
             )
         _require(
             values.get("mlp_hidden_act", "relu2") == "relu2",
-            f"llm_config.mlp_hidden_act: required relu2, got {values.get('mlp_hidden_act')}",
+            f"llm_config.mlp_hidden_act: required relu2, got {values.get('mlp_hidden_act')!s:.60}",
         )
-        # the released file may hold a bare Infinity or the string "Infinity"
-        low, high = _numbers(
-            values.get("time_step_limit", (0.0, math.inf)), 2, "llm_config.time_step_limit"
+        limits = values.get("time_step_limit", (0.0, math.inf))
+        low, high = _numbers(limits, 2, "llm_config.time_step_limit")
+        _require(
+            math.isfinite(low) and low <= high,
+            f"llm_config.time_step_limit: required a finite number and one that is no less, got "
+            f"{limits!r:.60}",
         )
         sizes = {
             key: _get(values, key, "llm_config")
@@ -157,19 +175,20 @@ class LanguageConfig:
         names = ("layer_norm_epsilon", "rms_norm_eps")
         epsilon = _first(values, names, "llm_config", default=1e-5)
         _require(
-            isinstance(epsilon, int | float) and epsilon > 0,
-            f"llm_config.layer_norm_epsilon: required a positive number, got {epsilon!r}",
+            _is_number(epsilon) and 0 < epsilon <= 1,
+            "llm_config.layer_norm_epsilon: required a positive number of at most 1, got "
+            f"{epsilon!r:.60}",
         )
         return cls(
             **sizes,
             **others,
             layers=tuple(_PATTERN[letter] for letter in pattern),
-            use_conv_bias=values.get("use_conv_bias", True),
+            use_conv_bias=_flag(values, "use_conv_bias", "llm_config.", default=True),
             layer_norm_epsilon=epsilon,
             time_step_limit=(low, high),
-            bos_token_id=values.get("bos_token_id"),
+            bos_token_id=_token_id(values, "bos_token_id", "llm_config.", sizes["vocab_size"]),
             eos_token_ids=_token_ids(_get(values, "eos_token_id", "llm_config")),
-            pad_token_id=values.get("pad_token_id") or 0,
+            pad_token_id=_token_id(values, "pad_token_id", "llm_config.", sizes["vocab_size"]) or 0,
         )
 
 
@@ -207,7 +226,9 @@ class VisionConfig:
         args = _get(values, "args", "vision_config")
         _require_object(args, "vision_config.args")
         name = args.get("model", "")
-        _require(isinstance(name, str), f"vision_config.args.model: required a name, got {name!r}")
+        _require(
+            isinstance(name, str), f"vision_config.args.model: required a name, got {name!r:.60}"
+        )
         hidden, layers, heads = _VIT_SIZES.get(name, (None, None, None))
         hidden = args.get("hidden_size", hidden)
         layers = args.get("num_hidden_layers", layers)
@@ -223,11 +244,13 @@ class VisionConfig:
         _require_positive_ints(
             {
                 "hidden_size": hidden,
-                "num_hidden_layers": layers,
                 "num_attention_heads": heads,
                 "cpe_max_size": table_size,
             },
             "vision_config.args.",
+        )
+        _require_positive_ints(
+            {"num_hidden_layers": layers}, "vision_config.args.", most=_MOST_LAYERS
         )
         intermediate = args.get("intermediate_size", 4 * hidden)
         _require_positive_ints({"intermediate_size": intermediate}, "vision_config.args.")
@@ -313,7 +336,7 @@ class VLMConfig:
         architectures = values.get("architectures") or []
         _require(
             isinstance(architectures, list),
-            f"config.json: architectures: required a list, got {architectures!r}",
+            f"config.json: architectures: required a list, got {architectures!r:.60}",
         )
         _require(
             ARCHITECTURE in architectures or values.get("model_type") == ARCHITECTURE,
@@ -321,45 +344,51 @@ class VLMConfig:
         )
         missing = [key for key in _TOP_KEYS if key not in values]
         _require(not missing, f"config.json: missing {', '.join(missing)}")
+        for key in ("quantization_config", "auto_map"):
+            if values.get(key) is not None:
+                _require_object(values[key], f"config.json: {key}")
         language = _first(values, ("llm_config", "text_config"), "config.json")
         vision = VisionConfig.from_dict(values["vision_config"])
         _require(
             values["vit_hidden_size"] == vision.hidden_size,
-            f"config.json: vit_hidden_size {values['vit_hidden_size']} disagrees with "
+            f"config.json: vit_hidden_size {values['vit_hidden_size']!s:.60} disagrees with "
             f"vision_config.args ({vision.hidden_size})",
         )
         _require(
             values["patch_size"] == vision.patch_size,
-            f"config.json: patch_size {values['patch_size']} disagrees with vision_config "
+            f"config.json: patch_size {values['patch_size']!s:.60} disagrees with vision_config "
             f"({vision.patch_size})",
         )
         ratio = values["downsample_ratio"]
         _require(
-            isinstance(ratio, int | float) and 0 < ratio <= 1,
-            f"downsample_ratio: required a number above 0 and at most 1, got {ratio!r}",
+            _is_number(ratio) and _LEAST_RATIO <= ratio <= 1,
+            f"downsample_ratio: required a number from {_LEAST_RATIO} to 1, got {ratio!r:.60}",
         )
-        sizes = {
-            "force_image_size": values["force_image_size"],
-            "projector_hidden_size": values["projector_hidden_size"],
-            "max_num_tiles": values.get("max_num_tiles", 12),
-        }
-        _require_positive_ints(sizes)
+        image_size, num_tiles = values["force_image_size"], values.get("max_num_tiles", 12)
+        projector_size = values["projector_hidden_size"]
+        _require_positive_ints({"force_image_size": image_size}, most=_MOST_IMAGE_SIZE)
+        _require_positive_ints({"projector_hidden_size": projector_size})
+        _require_positive_ints({"max_num_tiles": num_tiles}, most=_MOST_TILES)
+        language_config = LanguageConfig.from_dict(language)
+        image_token_id = _token_id(values, "img_context_token_id", "", language_config.vocab_size)
+        if image_token_id is None:
+            raise ConfigError("img_context_token_id: required a token id, got null")
         return cls(
-            language=LanguageConfig.from_dict(language),
+            language=language_config,
             vision=vision,
-            image_size=sizes["force_image_size"],
+            image_size=image_size,
             downsample_ratio=ratio,
             ps_version=values["ps_version"],
-            projector_hidden_size=sizes["projector_hidden_size"],
-            norm_mean=_triple(values["norm_mean"], "norm_mean"),
-            norm_std=_triple(values["norm_std"], "norm_std"),
-            use_thumbnail=values["use_thumbnail"],
-            max_num_tiles=sizes["max_num_tiles"],
-            image_token_id=values["img_context_token_id"],
-            image_token=values.get("img_context_token", "<image>"),
-            image_start_token=values.get("img_start_token", "<img>"),
-            image_end_token=values.get("img_end_token", "</img>"),
-            video_token=values.get("video_context_token", "<video>"),
+            projector_hidden_size=projector_size,
+            norm_mean=_triple(values["norm_mean"], "norm_mean", _NORM_MEANS),
+            norm_std=_triple(values["norm_std"], "norm_std", _NORM_STDS),
+            use_thumbnail=_flag(values, "use_thumbnail"),
+            max_num_tiles=num_tiles,
+            image_token_id=image_token_id,
+            image_token=_token(values, "img_context_token", "<image>"),
+            image_start_token=_token(values, "img_start_token", "<img>"),
+            image_end_token=_token(values, "img_end_token", "</img>"),
+            video_token=_token(values, "video_context_token", "<video>"),
             raw=dict(values),
         )
 
@@ -379,7 +408,7 @@ class VLMConfig:
             ) from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
         _require_object(values, str(path))
         try:
@@ -419,10 +448,14 @@ def _require_object(value: object, where: str) -> None:
         raise ConfigError(f"{where}: required a JSON object, got {type(value).__name__}")
 
 
-def _require_positive_ints(values: Mapping[str, object], where: str = "") -> None:
+def _require_positive_ints(
+    values: Mapping[str, object], where: str = "", *, most: int = _MOST_SIZE
+) -> None:
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{where}{key}: required a positive integer, got {value!r}")
+            raise ConfigError(f"{where}{key}: required a positive integer, got {value!r:.60}")
+        if value > most:
+            raise ConfigError(f"{where}{key}: required at most {most}, got {value!r:.60}")
 
 
 def _get(values: Mapping[str, Any], key: str, where: str) -> Any:
@@ -449,24 +482,64 @@ def _head_dim(values: Mapping[str, Any]) -> int:
     )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _numbers(values: Any, count: int, where: str) -> tuple[float, ...]:
+    numbers = [_untagged(value) for value in values] if isinstance(values, list | tuple) else []
+    if len(numbers) != count or not all(map(_is_number, numbers)):
+        raise ConfigError(f"{where}: required {count} numbers, got {values!r:.60}")
     try:
-        numbers = tuple(float(_untagged(value)) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != count:
-        raise ConfigError(f"{where}: required {count} numbers, got {values!r}")
-    return numbers
+        return tuple(map(float, numbers))
+    except OverflowError:
+        raise ConfigError(
+            f"{where}: required {count} numbers that a float can hold, got {values!r:.60}"
+        ) from None
 
 
 def _untagged(value: Any) -> Any:
-    """Read infinity as transformers 5 writes it: ``{"__float__": "Infinity"}``."""
-    return value.get("__float__") if isinstance(value, dict) else value
+    """Read infinity: bare, as text, and as transformers 5 writes it, ``{"__float__": ...}``."""
+    value = value.get("__float__") if isinstance(value, dict) else value
+    return math.inf if value == "Infinity" else value
 
 
-def _triple(values: Any, where: str) -> tuple[float, float, float]:
+def _triple(values: Any, where: str, limits: tuple[float, float]) -> tuple[float, float, float]:
     red, green, blue = _numbers(values, 3, where)
+    low, high = limits
+    _require(
+        all(low <= value <= high for value in (red, green, blue)),  # NaN is not
+        f"{where}: required 3 numbers from {low:g} to {high:g}, got {values!r:.60}",
+    )
     return red, green, blue
+
+
+def _flag(
+    values: Mapping[str, Any], key: str, where: str = "", *, default: bool | None = None
+) -> bool:
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, bool):  # text such as "false" would count as true
+        raise ConfigError(f"{where}{key}: required true or false, got {value!r:.60}")
+    return value
+
+
+def _token(values: Mapping[str, Any], key: str, default: str) -> str:
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key}: required the text of a token, got {value!r:.60}")
+    return value
+
+
+def _token_id(values: Mapping[str, Any], key: str, where: str, vocab_size: int) -> int | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not _is_id(value) or value >= vocab_size:
+        raise ConfigError(
+            f"{where}{key}: required a token id below the vocab_size of {vocab_size}, got "
+            f"{value!r:.60}"
+        )
+    return int(value)
 
 
 def _count_prefix_tokens(args: Mapping[str, Any]) -> int:
@@ -474,20 +547,27 @@ def _count_prefix_tokens(args: Mapping[str, Any]) -> int:
     teachers = args.get("teachers") or []
     if not isinstance(teachers, list) or not all(isinstance(t, Mapping) for t in teachers):
         raise ConfigError("vision_config.args.teachers: required a list of objects")
-    names = {teacher.get("name") for teacher in teachers}
-    cls_tokens = max(1, len(names)) if args.get("cls_token_per_teacher") else 1
+    names = [teacher.get("name") for teacher in teachers]
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise ConfigError(f"vision_config.args.teachers: required names as text, got {names!r:.60}")
+    per_teacher = _flag(args, "cls_token_per_teacher", "vision_config.args.", default=False)
+    cls_tokens = max(1, len(set(names))) if per_teacher else 1
     multiple = args.get("register_multiple") or 0
-    if not isinstance(multiple, int) or multiple < 0:
+    if not isinstance(multiple, int) or not 0 <= multiple <= _MOST_SIZE:
         raise ConfigError(
-            f"vision_config.args.register_multiple: required a count, got {multiple!r}"
+            f"vision_config.args.register_multiple: required a count, got {multiple!r:.60}"
         )
     return cls_tokens + (multiple - cls_tokens % multiple if multiple else 0)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, list) else (value,)
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not ids or not all(map(_is_id, ids)):
         raise ConfigError(
-            f"llm_config.eos_token_id: required a token id or a list of them, got {value!r}"
+            f"llm_config.eos_token_id: required a token id or a list of them, got {value!r:.60}"
         )
     return ids
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_SIZE

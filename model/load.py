@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.errors import CheckpointError
-from nvvl.model.checkpoint import Checkpoint, TensorInfo
+from nvvl.model.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    require_bf16_config,
+    require_finite,
+    require_tensors,
+)
 from nvvl.model.config import VLMConfig
 from nvvl.model.memory import require_memory
 from nvvl.model.resolve import resolve_model as resolve_model
@@ -87,23 +93,10 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
         CheckpointError: if the folder is quantized, whether it says so or not; or listing every
             missing, unexpected and misshapen tensor, sorted.
     """
-    if "quantization_config" in checkpoint.config.raw:
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json has a quantization_config; required the BF16 "
-            "checkpoint that it was made from"
-        )
+    require_bf16_config(checkpoint.folder, checkpoint.config)
     _require_floats(checkpoint, expected)
-    faults = [f"{name} is missing" for name in sorted(expected.keys() - checkpoint.tensors)]
-    faults += [f"{name} is unexpected" for name in sorted(checkpoint.tensors.keys() - expected)]
-    for name in sorted(expected.keys() & checkpoint.tensors):
-        info = checkpoint.tensors[name]
-        if info.shape != expected[name]:
-            faults.append(f"{name} has shape {info.shape}, required {expected[name]}")
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(faults)} tensors do not fit config.json: "
-            f"{'; '.join(faults)}; download it again"
-        )
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    require_tensors(checkpoint.folder, found, expected)
 
 
 def _require_floats(checkpoint: Checkpoint, expected: Mapping[str, object]) -> None:
@@ -162,9 +155,7 @@ def _load_weight(checkpoint: TensorSource, name: str, placeholder: Tensor) -> Te
             f"{info.file}: {name}: required one of {', '.join(_FLOATS)}, got {info.dtype}"
         )
     weight = checkpoint.load(name)
-    # extremes carry NaN and Inf along; far cheaper than looking at each element with isfinite
-    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-        raise CheckpointError(f"{info.file}: {name}: holds NaN or Inf; download it again")
+    require_finite(weight, info)
     return weight
 
 

@@ -45,13 +45,14 @@ class Processes:
             join: False stays alone, however the program was started.
 
         Raises:
-            HardwareError: if there are fewer GPUs here than processes.
+            HardwareError: if there are fewer GPUs here than processes, or the environment does not
+                say how many those are.
         """
         self.index, self.count = 0, 1
         self.device = torch.device(device)
-        if join and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if join and _read_count("WORLD_SIZE") > 1:
             if self.device.type == "cuda":
-                _require_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+                _require_gpus(_read_count("LOCAL_WORLD_SIZE"))
             from accelerate import Accelerator, InitProcessGroupKwargs
 
             patience = InitProcessGroupKwargs(timeout=_PATIENCE)
@@ -142,6 +143,18 @@ def _leave() -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
         time.sleep(_LAST_WORK_S)
+
+
+def _read_count(name: str) -> int:
+    """Return a number of processes that whatever started this one has set; 1 if nothing did."""
+    said = os.environ.get(name, "1")
+    try:
+        return int(said)
+    except ValueError:
+        raise HardwareError(
+            f"{name}: required a number of processes, as torchrun sets it, got {said!r:.60}; unset "
+            "it to run alone"
+        ) from None
 
 
 def _require_gpus(num_processes: int) -> None:

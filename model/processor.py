@@ -13,7 +13,8 @@ Pixels and tokens stand in prompt order, images and videos mixed as the text mix
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from nvvl.errors import ConfigError, DataError
+from nvvl.errors import ConfigError, DataError, first_line
 from nvvl.model.chat_template import read_bos
 from nvvl.model.config import VLMConfig
 from nvvl.model.prompt import CONTROL_TOKENS, END_OF_TURN, Message, Segment, render_segments
@@ -108,7 +109,7 @@ class Processor:
 
         Raises:
             ConfigError: if the tokenizer lacks a special token, gives one another id than the
-                config, or has more entries than the model has embeddings.
+                config, or has an id that the model has no embedding for.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -132,11 +133,16 @@ class Processor:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path}: not found; copy it from the source checkpoint")
-        try:
+        with _using_tokenizer(f"{path}: not a tokenizer file"):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ConfigError(f"{path}: not a tokenizer file ({error})") from None
-        bos = read_bos(Path(folder))
+        try:
+            bos = read_bos(Path(folder))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{Path(folder) / 'tokenizer_config.json'}: cannot be read ({error!r:.60}); "
+                "chat_template is a text or a list of texts by name; copy the file from the source "
+                "checkpoint"
+            ) from None
         if bos and tokenizer.token_to_id(bos) is None:
             raise ConfigError(f"{path}: lacks {bos!r}, with which the chat template begins")
         return cls(config, tokenizer, max_num_tiles=max_num_tiles, bos=bos)
@@ -224,6 +230,14 @@ class Processor:
         """
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids, without special tokens that it does not spell.
+
+        Raises:
+            ConfigError: if the tokenizer cannot.
+        """
+        return _tokenize(self.tokenizer, text)
+
     def _check_placeholders(
         self, messages: Sequence[Message], images: Sequence[Image.Image], videos: Sequence[Video]
     ) -> None:
@@ -302,7 +316,7 @@ class Processor:
         ids: list[int] = []
         is_answer: list[bool] = []
         for segment in segments:
-            piece = self.tokenizer.encode(segment.text, add_special_tokens=False).ids
+            piece = self.tokenize(segment.text)
             ids.extend(piece)
             is_answer.extend([segment.is_answer] * len(piece))
         return torch.tensor(ids), torch.tensor(is_answer)
@@ -354,9 +368,7 @@ def collate(items: Sequence[ModelInputs], pad_token_id: int) -> Batch:
 def _check_tokenizer(config: VLMConfig, tokenizer: Tokenizer) -> None:
     tokens = (*CONTROL_TOKENS, config.image_start_token, config.image_token, config.image_end_token)
     broken = [
-        token
-        for token in tokens
-        if tokenizer.encode(token, add_special_tokens=False).ids != [tokenizer.token_to_id(token)]
+        token for token in tokens if _tokenize(tokenizer, token) != [tokenizer.token_to_id(token)]
     ]
     if broken:
         raise ConfigError(f"tokenizer.json: {', '.join(broken)} must each be one special token")
@@ -369,9 +381,27 @@ def _check_tokenizer(config: VLMConfig, tokenizer: Tokenizer) -> None:
                 f"tokenizer.json: {token} has id {tokenizer.token_to_id(token)}, but config.json "
                 f"has {key} {', '.join(map(str, allowed))}"
             )
-    num_entries = tokenizer.get_vocab_size()
-    if num_entries > config.language.vocab_size:
+    last, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if token_id >= config.language.vocab_size:
         raise ConfigError(
-            f"tokenizer.json: {num_entries} entries, but llm_config.vocab_size is "
+            f"tokenizer.json: {last!r:.60} has id {token_id}, but llm_config.vocab_size is "
             f"{config.language.vocab_size}"
         )
+
+
+def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    with _using_tokenizer(f"tokenizer.json: cannot encode {text!r:.60}"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+@contextmanager
+def _using_tokenizer(said: str) -> Iterator[None]:
+    """Turn whatever the library raises, a panic too, into an error that begins as given."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = first_line(Exception(str(error)))
+        raise ConfigError(f"{said} ({reason}); copy the file from the source checkpoint") from None

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -271,13 +272,13 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
         if len(names) < len(pairs):
-            twice = sorted({name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1})
-            raise CheckpointError(f"{path}: header names {', '.join(twice)} more than once")
+            twice = next(n for n, times in Counter(n for n, _ in pairs).items() if times > 1)
+            raise CheckpointError(f"{path}: header names {twice} more than once")
         return names
 
     try:
         header = json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the header is not JSON ({error}); download it again"
         ) from None
@@ -294,7 +295,7 @@ def _read_entry(path: Path, name: str, entry: Any, offset: int) -> TensorInfo:
         raise CheckpointError(
             f"{where}: the header entry lacks dtype, shape or data_offsets; download it again"
         ) from None
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{where}: dtype {dtype!r}, required one of {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or not _are_sizes([*shape, start, end]):
         raise CheckpointError(f"{where}: shape {shape} or offsets [{start}, {end}] are not sizes")

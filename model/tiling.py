@@ -12,7 +12,6 @@ is that choice.
 Also here: what makes any Pillow image an 8-bit RGB one. Colour profiles are not applied.
 """
 
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,20 +22,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
-from nvvl.errors import DataError
+from nvvl.errors import DataError, first_line
 
 # Where Pillow itself refuses to open a file; images made in memory are held to the same limit.
 MAX_IMAGE_PIXELS = 178_956_970
 
-# What Pillow's decoders raise on damaged files, beside UnidentifiedImageError (an OSError).
-_DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+# Formats of pictures that Pillow decodes itself; EPS and WMF would start other programs.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def choose_grid(width: int, height: int, *, tile_size: int, max_num_tiles: int) -> tuple[int, int]:
@@ -125,17 +117,26 @@ def open_image(source: Path | str | IO[bytes], *, name: str = "") -> Image.Image
     """
     where = name or source
     try:
-        with Image.open(source) as image:
+        if isinstance(source, Path | str):
+            _require_file(Path(source))
+        with Image.open(source, formats=_FORMATS) as image:
             image.load()
             return to_rgb(image)
-    except FileNotFoundError:
-        raise DataError(f"{where}: no such image file") from None
     except UnidentifiedImageError:
-        raise DataError(f"{where}: not an image in a format that Pillow reads") from None
+        raise DataError(f"{where}: not an image; required one of {', '.join(_FORMATS)}") from None
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{where}: the image cannot be read ({error})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each decoder raises what it likes on damaged files
+        raise DataError(f"{where}: the image cannot be read ({first_line(error)})") from None
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise DataError("no such image file")
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError("not a file; required an image")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ Reading video files is not done here; `Video` holds frames that are already deco
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from PIL import Image
 from torch.nn import functional
 
 from nvvl.errors import DataError
+
+if TYPE_CHECKING:
+    from nvvl.model.config import VLMConfig
+    from nvvl.model.processor import ModelInputs
 
 SAMPLING_FPS = 2
 MAX_NUM_FRAMES = 128
@@ -87,6 +92,40 @@ def frame_labels(video: Video) -> list[str]:
         f"Frame {number} sampled at {index * frame_ms / 1000:.2f} seconds: "
         for number, index in enumerate(video.frame_indices, start=1)
     ]
+
+
+def prune_prompt(
+    config: "VLMConfig", inputs: "ModelInputs", features: torch.Tensor, pruning_rate: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop the video tokens of one prompt that EVS finds to repeat the frame before.
+
+    The shorter prompt is ``inputs.input_ids[kept]``. Prompts are pruned before they are collated.
+
+    Args:
+        config: The model's.
+        inputs: The prompt, T tokens.
+        features: (image tokens of the prompt, hidden), any float dtype, in prompt order.
+        pruning_rate: Share of each video's tokens to drop, at least 0 and less than 1; 0 drops
+            none.
+
+    Returns:
+        ``kept``, (T,) bool on the device of ``input_ids``, and the rows of ``features`` that are
+        left. Both are whole without videos.
+
+    Raises:
+        ValueError: if `pruning_rate` is out of range.
+    """
+    if inputs.video_mask is None or pruning_rate == 0:
+        return torch.ones_like(inputs.input_ids, dtype=torch.bool), features
+    is_image = inputs.input_ids == config.image_token_id
+    side = config.tokens_per_side
+    of_videos = features[inputs.video_mask[is_image].to(features.device)]
+    frames = of_videos.unflatten(0, (-1, side, side))
+    masks = [
+        evs_retention_mask(video, pruning_rate) for video in frames.split(list(inputs.video_frames))
+    ]
+    kept = prune_video_tokens(inputs.video_mask, masks)
+    return kept, features[kept[is_image].to(features.device)]
 
 
 def evs_retention_mask(features: torch.Tensor, pruning_rate: float) -> torch.Tensor:

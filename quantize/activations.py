@@ -27,7 +27,7 @@ from nvvl.errors import CalibrationError, OutputError
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import ends_with_question
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.estimate import SPAN_TILES, SPAN_TOKENS
+from nvvl.quantize.limits import SPAN_TILES, SPAN_TOKENS
 from nvvl.quantize.spill import Spill, SpillWriter
 
 Tick = Callable[[], None]

@@ -13,7 +13,8 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import materialize
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.activations import Activations
-from nvvl.quantize.blocks import EMBEDDINGS, PATCHES, PROJECTOR, EmbeddingRows, LoadedBlock
+from nvvl.quantize.block_names import EMBEDDINGS, PATCHES, PROJECTOR
+from nvvl.quantize.blocks import EmbeddingRows, LoadedBlock
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import LAYERS, layer_index
 
@@ -30,7 +31,7 @@ def count_runs(blocks: Sequence[str], formats: Mapping[str, Format]) -> int:
 
 
 class BlockRunner:
-    """Runs the blocks of one checkpoint, in the order of `nvvl.quantize.blocks.list_blocks`."""
+    """Runs the blocks of one checkpoint, in the order of `nvvl.quantize.block_names`."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Make the modules, without weights.

@@ -1,10 +1,8 @@
 """The source's weights, one block at a time, the next one read while this one is at work.
 
-A block is a module that the walk runs over the calibration items as a whole: the patch generator,
-a RADIO block, the projector, a layer. Its tensors are read once, hashed and looked through for NaN
-and Inf as they come in, by a thread of its own where there is memory for two blocks. Tables that
-are far larger than a block (embeddings, lm_head) are no block's: their rows and pieces are read
-where they are used.
+Which tensors a block has is in ``nvvl.quantize.block_names``. They are read once, hashed and looked
+through for NaN and Inf as they come in, by a thread of its own where there is memory for two
+blocks. Rows and pieces of the tables that are no block's are read where they are used.
 
 On CUDA the thread also pins what it read and copies it to the device on a stream of its own, so
 that the next block is there when the current one is done. Each block has new tensors, pinned and on
@@ -12,7 +10,7 @@ the device, from torch's caching allocators, which give them the memory of block
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,29 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.errors import CheckpointError
-from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.config import VLMConfig
+from nvvl.model.checkpoint import Checkpoint, require_finite
 from nvvl.model.safetensors_io import TensorInfo, read_pieces, read_rows, tensor_bytes
-from nvvl.quantize.targets import LAYERS
-
-PATCHES = "vision_model.radio_model.model.patch_generator"
-VISION_BLOCKS = "vision_model.radio_model.model.blocks"
-PROJECTOR = "mlp1"
-EMBEDDINGS = "language_model.backbone.embeddings"
+from nvvl.quantize.block_names import tensors_by_block
 
 # Read, hashed and written at once where a tensor is only copied.
 PIECE_BYTES = 16 * 2**20
-
-
-def list_blocks(config: VLMConfig) -> list[str]:
-    """Return the modules that are read and run one at a time, in the order of the forward."""
-    return [
-        PATCHES,
-        *(f"{VISION_BLOCKS}.{index}" for index in range(config.vision.num_layers)),
-        PROJECTOR,
-        EMBEDDINGS,
-        *(f"{LAYERS}.{index}" for index in range(len(config.language.layers))),
-    ]
 
 
 @dataclass(frozen=True)
@@ -98,7 +79,7 @@ class BlockReader:
             ahead: Whether to read one block while another is at work.
         """
         self._checkpoint = checkpoint
-        self._names = _names_by_block(checkpoint, blocks)
+        self._tensors = tensors_by_block(checkpoint.in_file_order(), blocks)
         self._order = list(blocks)
         self._device = device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read") if ahead else None
@@ -143,12 +124,12 @@ class BlockReader:
     def _read(self, name: str) -> LoadedBlock:
         host: dict[str, Tensor] = {}
         sha256: dict[str, str] = {}
-        for tensor_name in self._names[name]:
+        infos = {info.name: info for info in self._tensors[name]}
+        for tensor_name, info in infos.items():
             tensor = self._checkpoint.load(tensor_name)
             sha256[tensor_name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-            require_finite(tensor, self._checkpoint.info(tensor_name))
+            require_finite(tensor, info)
             host[tensor_name] = tensor
-        infos = {tensor_name: self._checkpoint.info(tensor_name) for tensor_name in host}
         if self._stream is None:
             return LoadedBlock(name, host, sha256, host, infos)
         host = {tensor_name: tensor.pin_memory() for tensor_name, tensor in host.items()}
@@ -187,28 +168,3 @@ def finite_pieces(info: TensorInfo) -> Iterator[Tensor]:
     for piece in read_pieces(info, PIECE_BYTES):
         require_finite(piece, info)
         yield piece
-
-
-def require_finite(tensor: Tensor, info: TensorInfo) -> None:
-    """Refuse NaN and Inf.
-
-    Raises:
-        CheckpointError: naming file and tensor.
-    """
-    # extremes carry NaN and Inf along; far cheaper than looking at each element with isfinite
-    if tensor.is_floating_point() and tensor.numel():
-        low, high = tensor.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise CheckpointError(f"{info.file}: {info.name}: holds NaN or Inf; download it again")
-
-
-def _names_by_block(checkpoint: Checkpoint, blocks: Iterable[str]) -> dict[str, list[str]]:
-    """List each block's tensors in the order of their bytes; none of the embedding table's."""
-    names: dict[str, list[str]] = {name: [] for name in blocks}
-    for info in sorted(checkpoint.tensors.values(), key=lambda i: (i.file.name, i.start)):
-        parts = info.name.split(".")
-        prefixes = (".".join(parts[:count]) for count in range(1, len(parts)))
-        owner = next((prefix for prefix in prefixes if prefix in names), None)
-        if owner is not None and owner != EMBEDDINGS:
-            names[owner].append(info.name)
-    return names

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nvvl.quantize.amaxes import Amax
 from nvvl.quantize.backend import FP8_BACKEND, NVFP4_BACKEND, FastMaxCalibrator, register
 from nvvl.quantize.formats import BLOCK_SIZE
-from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 
 ForwardLoop = Callable[[nn.Module], None]

@@ -16,9 +16,9 @@ from nvvl.options import (
     JsonOption,
     MemoryOption,
     ModelArgument,
-    OverwriteOption,
     Preset,
     RecipeOption,
+    ResumableOverwriteOption,
     SeedOption,
     choose_device,
 )
@@ -51,7 +51,7 @@ def quantize(
     device: DeviceOption = "auto",
     memory: MemoryOption = None,
     seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    overwrite: ResumableOverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a quantized checkpoint in the layout that servers load.
@@ -63,7 +63,7 @@ def quantize(
     from nvvl.console import defer_interrupt, print_json, show_progress
     from nvvl.model.load import resolve_model
     from nvvl.model.processes import Processes
-    from nvvl.quantize.estimate import choose_limits, default_limits, parse_memory
+    from nvvl.quantize.limits import choose_limits, default_limits, parse_memory
     from nvvl.quantize.plan import make_plan
     from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint

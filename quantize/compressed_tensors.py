@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvvl.errors import CheckpointError, ConfigError
 from nvvl.model.checkpoint import Checkpoint, TensorInfo
+from nvvl.model.patterns import matches_pattern
 from nvvl.quantize.layout import StoredFormat
 from nvvl.quantize.server_config import MIXED, STORED_ALGORITHM_OF
 
@@ -208,7 +209,7 @@ def _strings(values: Any, where: str) -> list[str]:
 
 def _matches(fqn: str, targets: Iterable[str]) -> bool:
     return any(
-        re.match(target.removeprefix("re:"), fqn) is not None
+        matches_pattern(target.removeprefix("re:"), fqn, whole=False)
         if target.startswith("re:")
         else target in (fqn, "Linear")
         for target in targets

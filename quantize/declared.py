@@ -151,7 +151,7 @@ def _read_modelopt(path: Path, found: Mapping[str, str]) -> dict[str, str]:
         layers: Mapping[str, Any] = quantization.get("quantized_layers") or {}
         declared = {fqn: str(entry["quant_algo"]) for fqn, entry in layers.items()}
         cache = quantization.get("kv_cache_quant_algo")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as a quantization config ({error!r}); required for a folder "
             "with quantized tensors"

@@ -2,11 +2,11 @@
 
 Memory follows the walk: the block at work with its weights in BF16, the one being read and the one
 being written beside it, what a span of tokens needs inside a block, and the calibration items as
-they are carried along. With less memory than that the items go to disk, then the neighbouring
-blocks go (`choose_limits`). What the items will be is not known before they are drawn, so a typical
-one is assumed between blocks, and inside a block a whole span, the most that any item takes there.
-The limit that follows from ``--memory`` so holds for longer ones too, but for the embeddings of the
-few items at work, some MB for a thousand tokens.
+they are carried along. What a run does with less memory than that is in ``nvvl.quantize.limits``.
+What the items will be is not known before they are drawn, so a typical one is assumed between
+blocks, and inside a block a whole span, the most that any item takes there. The limit that follows
+from ``--memory`` so holds for longer ones too, but for the embeddings of the few items at work,
+some MB for a thousand tokens.
 
 Time comes from rates: products of matrices and hashing are measured for some hundredths of a second
 on this machine, a GPU's are stored.
@@ -14,16 +14,15 @@ on this machine, a GPU's are stored.
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nvvl.cpu import bf16_speedup
-from nvvl.errors import HardwareError
 from nvvl.model.config import VLMConfig
-from nvvl.model.memory import free_memory
 from nvvl.model.safetensors_io import TensorSpec
+from nvvl.quantize.block_names import list_blocks, tensors_by_block
+from nvvl.quantize.limits import SPAN_TILES, SPAN_TOKENS
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
 from nvvl.quantize.targets import LAYERS
 
@@ -53,26 +52,6 @@ _MATRIX_FRACTION = 0.6
 _GPU_FLOPS = 150e12
 _MEASURE_SIZE = 768
 _MEASURE_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a run may hold in memory at once.
-
-    Attributes:
-        overlap: Whether the next block is read, and the last one written, while one runs.
-        activation_bytes: Most bytes of calibration items; the rest is on disk. None sets no limit.
-    """
-
-    overlap: bool = True
-    activation_bytes: int | None = None
-
-
-UNLIMITED = Limits()
-
-# Longer items go through a block in parts of this many tokens or tiles.
-SPAN_TOKENS = 2048
-SPAN_TILES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,50 +86,6 @@ class Estimate:
     seconds: float
     rates: str
     assumed: str
-
-
-def parse_memory(text: str) -> int:
-    """Read an amount of memory such as ``6GB``, ``6 GiB`` or ``900MB`` as bytes.
-
-    Raises:
-        HardwareError: if it is not one.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", text)
-    if match is None or not float(match[1]):
-        raise HardwareError(f"--memory {text}: required an amount such as 6GB or 6GiB")
-    unit = match[2] or ""
-    base = 1024 if unit.endswith("i") else 1000
-    return round(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
-
-
-def choose_limits(estimate: Estimate, memory_bytes: int) -> Limits:
-    """Decide what stays in memory, so that a run takes no more than it may.
-
-    Raises:
-        HardwareError: if even the least is more than that, saying how to take less.
-    """
-    if estimate.minimum_bytes > memory_bytes:
-        other = (
-            ", or the format nvfp4-w4a16, which runs no items" if estimate.activation_bytes else ""
-        )
-        raise HardwareError(
-            f"--memory: allowed {memory_bytes / 1e9:.1f} GB, the run takes at least "
-            f"{estimate.minimum_bytes / 1e9:.1f} GB: one block and the libraries; give more{other}"
-        )
-    least = estimate.memory_bytes - estimate.overlap_bytes - estimate.activation_bytes
-    overlap = estimate.minimum_bytes + estimate.overlap_bytes <= memory_bytes
-    fixed = least + (estimate.overlap_bytes if overlap else 0)
-    return Limits(overlap=overlap, activation_bytes=memory_bytes - fixed)
-
-
-def default_limits() -> Limits:
-    """Return the limits of a run that was given none: half of the free memory for items.
-
-    The processes that torchrun started on this machine share it.
-    """
-    free = free_memory()
-    parts = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Limits(activation_bytes=None if free is None else free // parts)
 
 
 def measure_rates() -> Rates:
@@ -218,7 +153,8 @@ def estimate_run(
     item_bytes = 2 * max(
         vision_tokens * config.vision.hidden_size, tokens * config.language.hidden_size
     )
-    block = _largest_block(tensors)
+    blocks = tensors_by_block(tensors, list_blocks(config))
+    block = max(sum(spec.nbytes for spec in specs) for specs in blocks.values())
     packed = [spec.nbytes for spec in tensors if formats.get(_owner(spec), "bf16") != "bf16"]
     fixed = block + _CODES * max(packed, default=0)
     fixed += _CALIBRATED_BASE_BYTES if items else _BASE_BYTES
@@ -272,19 +208,3 @@ def _linear_parameters(tensors: Sequence[TensorSpec], prefix: str) -> int:
     return sum(
         spec.numel for spec in tensors if spec.name.startswith(prefix) and len(spec.shape) == 2
     )
-
-
-def _largest_block(tensors: Sequence[TensorSpec]) -> int:
-    """Return the bytes of the largest block; embeddings and lm_head are never read whole."""
-    sizes: dict[str, int] = {}
-    for spec in tensors:
-        parts = spec.name.split(".")
-        if "layers" in parts or "blocks" in parts:
-            start = parts.index("layers" if "layers" in parts else "blocks")
-            block = ".".join(parts[: start + 2])
-        elif parts[0] == "language_model":
-            continue
-        else:
-            block = parts[0]
-        sizes[block] = sizes.get(block, 0) + spec.nbytes
-    return max(sizes.values())

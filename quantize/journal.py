@@ -1,8 +1,9 @@
 """What a run has finished, so that a killed one goes on from there to the same bytes.
 
-``journal.jsonl`` begins with what the run is made from (`describe_run`), then has one line for each
-finished block: hashes read and written, amax, and where the activations after it lie. A line is
-flushed to the disk before the next block begins. A torn last line is a block that is done again.
+``journal.jsonl`` begins with what the run is made from (`nvvl.quantize.identity`), then has one
+line for each finished block: hashes read and written, amax, and where the activations after it lie.
+A line is flushed to the disk before the next block begins. A torn last line is a block that is done
+again.
 
 To go on, a run needs what the calibration items are after the last finished block. Each process
 spills its own to one file during every block where the disk has room for it beside the whole
@@ -13,11 +14,8 @@ without calibrating or packing.
 A run that was made from something else is refused with what differs.
 """
 
-import hashlib
 import json
 import os
-import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import nvvl
 from nvvl.calib_data.items import Item, item_hash
-from nvvl.cpu import describe_cpu
-from nvvl.errors import CheckpointError, OutputError, reading, writing
-from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.hashing import hash_file
-from nvvl.model.mamba_kernels import allowed_kernels
-from nvvl.model.products import has_fast_bf16
-from nvvl.model.scan import allowed_scan
-from nvvl.quantize.manifest import TensorRecord, library_versions
-from nvvl.quantize.pack import Amax
-from nvvl.quantize.recipe import Recipe
-from nvvl.quantize.side_files import copied_files
+from nvvl.errors import OutputError, writing
+from nvvl.quantize.amaxes import Amax
+from nvvl.quantize.manifest import TensorRecord
 from nvvl.quantize.staging import Stage
 
 _MAX_NAMED = 4
@@ -116,7 +105,7 @@ class Journal:
 
         Args:
             stage: Where the output is made.
-            identity: What this run is made from, as `describe_run` says it.
+            identity: What this run is made from, as `nvvl.quantize.identity` says it.
             items: The calibration items of this run.
             overwrite: Start anew where an earlier run was made from something else.
 
@@ -178,64 +167,6 @@ class Journal:
             ) from error
 
 
-def describe_run(
-    checkpoint: Checkpoint, recipe: Recipe, *, device: str, calibration: str = ""
-) -> dict[str, str]:
-    """Say what the bytes of an output depend on, but for the calibration items.
-
-    Weights are told by size, time of change and headers, because reading them takes as long as the
-    run; the other files of the source by hash.
-
-    Args:
-        checkpoint: The source.
-        recipe: The recipe in force.
-        device: Kind of device that computes.
-        calibration: Hash of the stored calibration that is packed from; empty if there is none.
-
-    Raises:
-        CheckpointError: if a file of the source cannot be read.
-    """
-    identity = {"nvvl": nvvl.__version__, "device": device, "stored calibration": calibration}
-    identity |= {f"version of {name}": text for name, text in library_versions().items()}
-    identity |= {f"recipe.{key}": json.dumps(value) for key, value in recipe.to_dict().items()}
-    for path in [checkpoint.folder / "config.json", *copied_files(checkpoint.folder)]:
-        try:
-            identity[f"source {path.name}"] = hash_file(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    for path in sorted({info.file for info in checkpoint.tensors.values()}):
-        with reading(path):
-            status = path.stat()
-        identity[f"source {path.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
-    headers = [(i.name, i.dtype, i.shape, i.start) for i in checkpoint.tensors.values()]
-    identity["source headers"] = hashlib.sha256(json.dumps(headers).encode()).hexdigest()
-    return identity
-
-
-def describe_arithmetic(device: torch.device) -> dict[str, str]:
-    """Say what the rounding of activations depends on, and with it the amax of inputs.
-
-    Libraries and compiled kernels sum in another order on another processor, of the same class too.
-    """
-    if device.type == "cuda":
-        kernels = {} if allowed_kernels() is None else {"Mamba2 scan": "mamba-ssm"}
-        return {"GPU": torch.cuda.get_device_name(device)} | kernels
-    return {
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "processor model": _name_cpu(),
-        "products": "bfloat16" if has_fast_bf16() else "float32",
-        "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
-    }
-
-
-def _name_cpu() -> str:
-    """Name this processor; the hash tells it from others that virtual machines give one name."""
-    described = describe_cpu()
-    name = re.search(r"^model name\s*: (.*)$", described, re.MULTILINE)
-    digest = hashlib.sha256(described.encode()).hexdigest()[:8]
-    return f"{name[1] if name else platform.machine()} ({digest})"
-
-
 def read_journal(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
     """Read a journal up to its first torn line; also how many bytes that is.
 
@@ -261,8 +192,8 @@ def read_journal(path: Path) -> tuple[dict[str, str], list[BlockRecord], int]:
             if end:
                 blocks.append(BlockRecord.from_dict(values))
             else:
-                identity = values
-        except (ValueError, KeyError, TypeError):
+                identity = dict(values)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             break  # never reached the disk; the block it was about is done again
         end += len(line)
     return identity, blocks, end

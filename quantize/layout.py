@@ -22,12 +22,8 @@ from typing import Literal
 
 from nvvl.model.checkpoint import Checkpoint, TensorSpec
 from nvvl.quantize.formats import BLOCK_SIZE
-from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format
-from nvvl.quantize.targets import LinearShape, quantized_only
-
-# Of the safetensors format, under a name that no server takes for weights: TensorRT-LLM reads every
-# *.safetensors file of a folder, whatever its index lists.
-CALIBRATION_NAME = "calibration.amax"
+from nvvl.quantize.recipe import Format
+from nvvl.quantize.targets import LinearShape
 
 StoredFormat = Format | Literal["fp8-per-channel"]
 
@@ -67,20 +63,6 @@ def linear_tensors(fqn: str, shape: LinearShape, linear_format: StoredFormat) ->
     return tensors
 
 
-def calibration_tensors(formats: Mapping[str, Format]) -> list[TensorSpec]:
-    """List the content of ``calibration.amax``, in file order: float32 scalars.
-
-    Args:
-        formats: Format of each quantizable linear.
-    """
-    tensors = []
-    for fqn, linear_format in sorted(quantized_only(formats).items()):
-        if linear_format in CALIBRATED_FORMATS:
-            tensors.append(TensorSpec(f"{fqn}.input_amax", "F32", ()))
-        tensors.append(TensorSpec(f"{fqn}.weight_amax", "F32", ()))
-    return tensors
-
-
 def build_layout(source: Checkpoint, formats: Mapping[str, Format]) -> list[TensorSpec]:
     """List every tensor of the quantized checkpoint, in the order the source stores them.
 
@@ -88,8 +70,7 @@ def build_layout(source: Checkpoint, formats: Mapping[str, Format]) -> list[Tens
         source: The BF16 checkpoint.
         formats: Format of each quantizable linear.
     """
-    in_file_order = sorted(source.tensors.values(), key=lambda info: (info.file.name, info.start))
-    return replace_linears(in_file_order, formats)
+    return replace_linears(source.in_file_order(), formats)
 
 
 def replace_linears(

@@ -12,7 +12,6 @@ Folders of ModelOpt and llm-compressor are read as well, so that a peer's output
 There any linear may be quantized, those of the vision tower, the projector and the head too.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,17 +24,16 @@ from nvvl.model.load import load_model, materialize, num_bytes
 from nvvl.model.memory import require_memory
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize import fp8
+from nvvl.quantize.amaxes import CALIBRATION_NAME, Amax, read_amaxes
 from nvvl.quantize.declared import (
     check_quantized_tensors,
     is_quantized,
     open_checkpoint,
     stored_formats,
 )
-from nvvl.quantize.layout import CALIBRATION_NAME
 from nvvl.quantize.linear import QuantizedLinear
-from nvvl.quantize.pack import Amax, read_amaxes
-from nvvl.quantize.recipe import FORMATS, Format
-from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.quantize.recipe import Format
+from nvvl.quantize.side_files import RECIPE_NAME, read_recipe
 from nvvl.quantize.targets import LinearShape, list_linears, quantized_only
 
 # The forward looks at its dtype. A tool that quantizes it is told that its scales are unexpected.
@@ -70,7 +68,7 @@ def load_any(
         for fqn, linear_format in formats.items():
             if linear_format != "bf16":
                 bias = model.get_submodule(fqn).bias is not None
-                replace_module(model, fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
+                model.set_submodule(fqn, QuantizedLinear(linears[fqn], linear_format, bias=bias))
     require_memory(needed, str(folder), device)
     materialize(model, "", checkpoint, dtype=dtype, device=device)
     for name, module in model.named_modules():
@@ -112,26 +110,16 @@ def fake_quant_model(
     return model
 
 
-def replace_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    """Put another module in the place of the one of this name."""
-    parent, _, leaf = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def read_recipe_formats(path: Path, linears: Mapping[str, object]) -> dict[str, Format]:
-    """Read the resolved formats of ``recipe.json``.
+    """Read the resolved formats of the ``recipe.json`` of a written checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, or is not for a model with these linears.
+        CheckpointError: if it is missing or malformed, or is not for a model with these linears.
     """
-    try:
-        formats = json.loads(path.read_text(encoding="utf-8"))["formats"]
-        fits = formats.keys() == linears.keys() and set(formats.values()) <= set(FORMATS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a recipe that nvvl wrote ({error!r})") from None
-    if not fits:
+    _, formats = read_recipe(path.parent)
+    if formats.keys() != linears.keys():
         raise CheckpointError(f"{path}: was made for another model; give its own source")
-    return dict(formats)
+    return formats
 
 
 def _all_linears(model: nn.Module) -> dict[str, LinearShape]:

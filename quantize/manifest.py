@@ -112,7 +112,7 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror}); required a folder that nvvl wrote"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a manifest of nvvl ({error!r})") from None
 
 

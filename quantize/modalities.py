@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nvvl.errors import CalibrationError, DataError
-from nvvl.quantize import fp8, kernels, nvfp4
+from nvvl.quantize import kernels, rounding
 from nvvl.quantize.activations import Activations, Announce
 from nvvl.quantize.pack import input_scale
 from nvvl.quantize.recipe import Format
@@ -200,10 +200,10 @@ class LayerInputs:
     ) -> None:
         exact = rows.float()
         for to in self._formats[fqn]:
-            round_to = fp8.fake_quantize if to == "fp8" else nvfp4.fake_quantize
             sums = self.squared_errors[fqn, to, modality]
             for index, scale in enumerate(scales.get((fqn, to), ())):
-                sums[index] += _energy(round_to(rows, scale).float() - exact)
+                rounded = rounding.fake_quantize(rows, scale, to)
+                sums[index] += _energy(rounded.float() - exact)
 
 
 def _energy(x: Tensor) -> float:

@@ -16,11 +16,13 @@ from torch import Tensor
 from nvvl.calib_data.items import Item
 from nvvl.errors import CalibrationError
 from nvvl.model.checkpoint import Checkpoint, CheckpointWriter
-from nvvl.quantize.blocks import EMBEDDINGS, LoadedBlock, finite_pieces
+from nvvl.quantize.amaxes import Amax
+from nvvl.quantize.block_names import EMBEDDINGS
+from nvvl.quantize.blocks import LoadedBlock, finite_pieces
 from nvvl.quantize.journal import BlockRecord, Journal
 from nvvl.quantize.layout import build_layout
 from nvvl.quantize.manifest import Manifest, TensorRecord, hash_files, library_versions
-from nvvl.quantize.pack import Amax, pack_linear
+from nvvl.quantize.pack import pack_linear
 from nvvl.quantize.recipe import Format, Recipe
 from nvvl.quantize.side_files import write_side_files
 from nvvl.quantize.spill import SpillFolder
@@ -61,7 +63,7 @@ class Output:
             out: The folder that will be made.
             recipe: The recipe in force.
             formats: Format of each linear.
-            identity: What the run is made from, as `nvvl.quantize.journal.describe_run` says it.
+            identity: What the run is made from, as `nvvl.quantize.identity.describe_run` says it.
             items: All calibration items of the run, whichever process runs them.
             device: Where weights are packed.
             overwrite: As in `nvvl.quantize.walk.quantize_checkpoint`.

@@ -3,12 +3,8 @@
 Nothing here imports torch or reads a weight, so a plan of a 12B model takes well under a second.
 The size of the output is exact, because the layout, the headers and the JSON files are built as the
 run builds them; only ``manifest.json`` is estimated, which also names items and the command.
-
-Where a folder has config.json but no shards, shapes come from the config, and dtypes are those that
-this family usually has; the plan then says so.
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,42 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import CheckpointError
-from nvvl.model.checkpoint import Checkpoint, TensorSpec
-from nvvl.model.checkpoint_writer import INDEX_NAME, Shard, files_bytes, plan_shards
+from nvvl.model.checkpoint import TensorSpec
+from nvvl.model.checkpoint_writer import Shard, files_bytes, plan_shards
 from nvvl.model.config import VLMConfig
-from nvvl.model.tensor_list import list_tensors
+from nvvl.quantize.amaxes import CALIBRATION_NAME, calibration_tensors
 from nvvl.quantize.estimate import Estimate, estimate_run
 from nvvl.quantize.formats import BLOCK_SIZE
-from nvvl.quantize.layout import (
-    CALIBRATION_NAME,
-    calibration_tensors,
-    linear_tensors,
-    replace_linears,
-)
+from nvvl.quantize.layout import linear_tensors, replace_linears
 from nvvl.quantize.manifest import Manifest, TensorRecord, encode_json, library_versions
-from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe, Rule
+from nvvl.quantize.recipe import CALIBRATED_FORMATS, NVFP4_FORMATS, Format, Recipe, Rule
 from nvvl.quantize.side_files import copied_files, json_files
+from nvvl.quantize.source import PlannedSource, read_source
 from nvvl.quantize.targets import assign_formats, list_linears, match_rule
 
 TENSOR_PARALLEL = (2, 4, 8)
-_SUMMARY_IDXS = "vision_model.radio_model.summary_idxs"
 _OTHERS = "norms, conv1d, SSM constants"
-_MAX_NAMED = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The BF16 checkpoint as far as it is known.
-
-    Attributes:
-        tensors: In file order.
-        notes: What had to be assumed; empty where headers say everything.
-    """
-
-    config: VLMConfig
-    tensors: Sequence[TensorSpec]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +65,7 @@ class Plan:
         json_files: Content of the JSON files of the output.
     """
 
-    source: Source
+    source: PlannedSource
     recipe: Recipe
     formats: Mapping[str, Format]
     groups: Sequence[Group]
@@ -188,87 +163,6 @@ def make_plan(folder: Path, recipe: Recipe, *, device: str = "cpu", calibrate: b
     )
 
 
-def read_source(folder: Path) -> Source:
-    """Read config.json and, as far as there are any, index and headers.
-
-    Raises:
-        ConfigError: if config.json cannot be used.
-        CheckpointError: if tensors do not fit config.json, or the folder is quantized.
-    """
-    config = VLMConfig.from_folder(folder)
-    if "quantization_config" in config.raw:
-        raise CheckpointError(
-            f"{folder}: config.json has a quantization_config; required the BF16 checkpoint that "
-            "it was made from"
-        )
-    absent = _absent_shards(folder)
-    if list(folder.glob("model*.safetensors")) and not absent:
-        checkpoint = Checkpoint(folder)
-        expected = {spec.name: spec.shape for spec in list_tensors(checkpoint.config)}
-        found = {name: info.shape for name, info in checkpoint.tensors.items()}
-        _require_equal(folder, found, expected)
-        order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file.name, i.start))
-        tensors = [TensorSpec(info.name, info.dtype, info.shape) for info in order]
-        return Source(config=checkpoint.config, tensors=tensors)
-    return _assume_source(folder, config, absent)
-
-
-def _absent_shards(folder: Path) -> list[str]:
-    """List the shards that an index names and that are not here, as in a download's middle."""
-    try:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        return sorted(
-            name for name in set(index["weight_map"].values()) if not (folder / name).exists()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # what is wrong with the index is said by who reads the tensors
-
-
-def _assume_source(folder: Path, config: VLMConfig, absent: Sequence[str]) -> Source:
-    """List the tensors that config.json implies; compare them with the index if there is one."""
-    which = (
-        f"{len(absent)} of the shards are not here, the first {absent[0]}"
-        if absent
-        else "no shards here"
-    )
-    notes = [f"{which}: shapes from config.json, dtypes assumed, size not exact"]
-    path = folder / INDEX_NAME
-    if not path.exists():
-        return Source(config=config, tensors=list_tensors(config), notes=tuple(notes))
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names, total = set(index["weight_map"]), index.get("metadata", {}).get("total_size")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a shard index ({error!r})") from None
-    tensors = list_tensors(config)
-    if _SUMMARY_IDXS in names:
-        tensors.append(TensorSpec(_SUMMARY_IDXS, "I64", (1,)))
-        notes.append(f"{_SUMMARY_IDXS}: length assumed to be 1")
-    _require_equal(folder, dict.fromkeys(names, ()), {spec.name: () for spec in tensors})
-    tensors.sort(key=lambda spec: index["weight_map"][spec.name])
-    size = sum(spec.nbytes for spec in tensors)
-    if total is not None and total != size:
-        notes.append(f"{INDEX_NAME} says {total} bytes, these shapes and dtypes give {size}")
-    return Source(config=config, tensors=tensors, notes=tuple(notes))
-
-
-def _require_equal(
-    folder: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())]
-    faults += [
-        f"{name} has shape {found[name]}, required {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    if faults:
-        raise CheckpointError(
-            f"{folder}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}; "
-            "download it again"
-        )
-
-
 def _group(tensors: Sequence[TensorSpec], formats: Mapping[str, Format]) -> list[Group]:
     rows: dict[tuple[str, Format], list[tuple[TensorSpec, int]]] = {}
     for spec in tensors:
@@ -337,18 +231,14 @@ def _splitting_faults(
     for fqn, (_, in_features) in list_linears(config).items():
         # these take their input in parts; the others give their output in parts
         split = fqn.endswith(("out_proj", "down_proj", "o_proj"))
-        if (
-            split
-            and formats[fqn] in ("nvfp4", "nvfp4-w4a16")
-            and in_features % (num_gpus * BLOCK_SIZE)
-        ):
+        if split and formats[fqn] in NVFP4_FORMATS and in_features % (num_gpus * BLOCK_SIZE):
             leaf = fqn.rpartition(".")[2]
             cut[f"{leaf}: {in_features} inputs are no whole blocks of {BLOCK_SIZE}"] += 1
     return (*faults, *(f"{fault} ({count} linears)" for fault, count in cut.items()))
 
 
 def _estimate_manifest(
-    source: Source,
+    source: PlannedSource,
     layout: Sequence[TensorSpec],
     files: Mapping[str, int],
     recipe: Recipe,

@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from nvvl.quantize.estimate import Estimate, Limits, parse_memory
+from nvvl.quantize.estimate import Estimate
+from nvvl.quantize.limits import Limits, parse_memory
 from nvvl.quantize.plan import Plan
 
 _GIB = 2**30
@@ -11,7 +12,7 @@ _GIB = 2**30
 def plan_table(plan: Plan) -> Table:
     """Build the table of module groups, schemes, parameters and bytes."""
     table = Table("modules", "scheme")
-    for column in ("tensors", "parameters", "bytes now", "bytes then"):
+    for column in ("tensors", "parameters", "bytes before", "bytes after"):
         table.add_column(column, justify="right")
     for group in plan.groups:
         numbers = (group.num_tensors, group.parameters, group.source_bytes, group.output_bytes)
@@ -72,7 +73,7 @@ def _limits_line(estimate: Estimate, limits: Limits) -> str:
 
 def _missing_disk(plan: Plan) -> str:
     missing = plan.disk_bytes - plan.free_bytes
-    return f": {missing:,} bytes TOO FEW" if missing > 0 else ""
+    return f": {missing:,} bytes short" if missing > 0 else ""
 
 
 def _least_memory(estimate: Estimate) -> str:

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from nvvl.errors import RecipeError
-from nvvl.quantize.recipe import Format, Recipe, Rule, near_names
+from nvvl.quantize.recipe import Format, Recipe, Rule
+from nvvl.toml_tables import load_preset
 
 _ALL_LINEARS = "language_model.backbone.layers.*.mixer.*"
 _ATTENTION = "language_model.backbone.layers.*.mixer.[qkvo]_proj"
@@ -69,14 +69,7 @@ def load_recipe(spec: str | Path) -> Recipe:
     Raises:
         RecipeError: if there is no such preset and no such file, or the file is not a recipe.
     """
-    if str(spec) in PRESETS:
-        return PRESETS[str(spec)]()
-    if Path(spec).suffix == ".toml":
-        return Recipe.from_toml(Path(spec))
-    raise RecipeError(
-        f"{spec}: required one of {', '.join(PRESETS)}, or a file that ends in .toml"
-        f"{near_names(str(spec), list(PRESETS))}"
-    )
+    return load_preset(spec, PRESETS, Recipe.from_toml)
 
 
 def _uniform(name: str, linear_format: Format) -> Recipe:

@@ -16,15 +16,13 @@ Which linears exist, and which of them a rule matches, is in ``nvvl.quantize.tar
 """
 
 import dataclasses
-import difflib
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nvvl.errors import RecipeError
+from nvvl.toml_tables import read_toml, require_choice, require_keys, toml_lines
 
 Format = Literal["bf16", "fp8", "nvfp4", "nvfp4-w4a16"]
 Algorithm = Literal["max"]
@@ -34,6 +32,9 @@ ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 # The formats whose inputs are quantized too, with a scale that calibration has to find.
 CALIBRATED_FORMATS: tuple[Format, ...] = ("fp8", "nvfp4")
+
+# Those whose weights are E2M1 codes in blocks.
+NVFP4_FORMATS: tuple[Format, ...] = ("nvfp4", "nvfp4-w4a16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Rule:
         _require_type(self.target, str, "rules.target")
         if not self.target:
             raise RecipeError("rules.target: required a pattern, got an empty string")
-        _require_choice(self.format, FORMATS, "rules.format")
+        require_choice(self.format, FORMATS, "rules.format", RecipeError)
         for layer in self.layers:
             _require_type(layer, int, "rules.layers")
 
@@ -83,7 +84,7 @@ class Recipe:
         _require_type(self.name, str, "name")
         if not self.rules:
             raise RecipeError(f"{self.name}: required at least one rule, got none")
-        _require_choice(self.algorithm, ALGORITHMS, "algorithm")
+        require_choice(self.algorithm, ALGORITHMS, "algorithm", RecipeError)
         _require_type(self.num_calibration_items, int, "num_calibration_items")
         if self.num_calibration_items < 1:
             raise RecipeError(
@@ -104,7 +105,8 @@ class Recipe:
         Raises:
             RecipeError: if a key is unknown or missing, or a value is impossible.
         """
-        fields = _known_fields(cls, values, "recipe")
+        require_keys(cls, values, "recipe", RecipeError)
+        fields = dict(values)
         rules = fields.get("rules", ())
         if not isinstance(rules, list | tuple) or not all(isinstance(r, Mapping) for r in rules):
             raise RecipeError("rules: required a list of tables ([[rules]])")
@@ -118,16 +120,7 @@ class Recipe:
         Raises:
             RecipeError: if the file is missing, is not TOML, or as `from_dict`.
         """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not valid TOML ({error})") from None
-        try:
-            return cls.from_dict(values)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
+        return read_toml(path, cls.from_dict, RecipeError)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `from_dict` and JSON take."""
@@ -142,47 +135,20 @@ class Recipe:
         """Return the text of a file that `from_toml` reads back to an equal recipe."""
         values = self.to_dict()
         rules = values.pop("rules")
-        lines = _toml_lines(values)
+        lines = toml_lines(values)
         for rule in rules:
-            lines += ["", "[[rules]]", *_toml_lines(rule)]
+            lines += ["", "[[rules]]", *toml_lines(rule)]
         return "\n".join(lines) + "\n"
 
 
-def near_names(name: str, known: list[str]) -> str:
-    """Return a hint ``; did you mean a, b`` for a name that is not known, or nothing."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}" if near else ""
-
-
-def _toml_lines(values: Mapping[str, Any]) -> list[str]:
-    """Write each value on a line; JSON strings, numbers and lists of integers are valid TOML."""
-    # TOML knows no surrogate pairs, so nothing is escaped that need not be; but DEL must be there
-    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
-    return [f"{key} = {text}".replace("\x7f", r"\u007f") for key, text in texts.items()]
-
-
 def _rule_from_dict(values: Mapping[str, Any]) -> Rule:
-    fields = _known_fields(Rule, values, "rules")
+    require_keys(Rule, values, "rules", RecipeError)
+    fields = dict(values)
     layers = fields.get("layers", ())
     if not isinstance(layers, list | tuple):
         raise RecipeError(f"rules.layers: required a list of integers, got {layers!r}")
     fields["layers"] = tuple(layers)
     return Rule(**fields)
-
-
-def _known_fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise RecipeError(f"{where}: unknown key {key!r}{near_names(key, list(fields))}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in values
-    ]
-    if missing:
-        raise RecipeError(f"{where}: missing {', '.join(missing)}")
-    return dict(values)
 
 
 def _require_type(value: object, kind: type, where: str) -> None:
@@ -194,9 +160,3 @@ def _require_share(value: object, where: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # type: ignore[operator]
         raise RecipeError(f"{where}: required a number from 0 to 1, got {value!r}")
-
-
-def _require_choice(value: object, choices: tuple[str, ...], where: str) -> None:
-    if value not in choices:
-        hint = near_names(value, list(choices)) if isinstance(value, str) else ""
-        raise RecipeError(f"{where}: required one of {', '.join(choices)}, got {value!r}{hint}")

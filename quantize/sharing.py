@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvvl.errors import DataError
 from nvvl.model.processes import Processes
-from nvvl.quantize.pack import Amax
+from nvvl.quantize.amaxes import Amax
 
 _T = TypeVar("_T")
 

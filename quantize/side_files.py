@@ -6,24 +6,21 @@ custom code are copied byte for byte. Calibration and recipe are written so that
 pack, compare or simulate from them without calibrating again.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nvvl.errors import OutputError
+from nvvl.errors import CheckpointError, OutputError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.config import VLMConfig
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, Amax, write_amaxes
 from nvvl.quantize.manifest import write_json
-from nvvl.quantize.recipe import Format, Recipe
+from nvvl.quantize.recipe import FORMATS, Format, Recipe
 from nvvl.quantize.server_config import hf_quant_config, quantization_config
 from nvvl.quantize.staging import MANIFEST_NAME
-
-if TYPE_CHECKING:
-    from nvvl.quantize.pack import Amax
 
 RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -62,7 +59,7 @@ def write_side_files(
     source: Checkpoint,
     recipe: Recipe,
     formats: Mapping[str, Format],
-    amaxes: "Mapping[str, Amax]",
+    amaxes: Mapping[str, Amax],
 ) -> None:
     """Write everything but weights and manifest.
 
@@ -76,12 +73,10 @@ def write_side_files(
     Raises:
         OutputError: if a file cannot be written or copied.
     """
-    from nvvl.quantize.pack import to_tensors
-
     copy_side_files(source.folder, folder)
     for name, values in json_files(source.config, recipe, formats).items():
         write_json(folder / name, values)
-    write_safetensors(folder / CALIBRATION_NAME, to_tensors(amaxes))
+    write_amaxes(folder / CALIBRATION_NAME, amaxes)
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -109,6 +104,31 @@ def json_files(
         HF_QUANT_CONFIG_NAME: hf_config,
         RECIPE_NAME: {"recipe": recipe.to_dict(), "formats": dict(formats)},
     }
+
+
+def read_recipe(folder: Path) -> tuple[Recipe, dict[str, Format]]:
+    """Read ``recipe.json`` of a written checkpoint.
+
+    Returns:
+        The recipe in force, and the format that it gave to each quantizable linear.
+
+    Raises:
+        CheckpointError: if the file is missing, or is not what `json_files` says.
+    """
+    path = folder / RECIPE_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        recipe, formats = Recipe.from_dict(values["recipe"]), dict(values["formats"])
+        unknown = sorted(set(formats.values()) - set(FORMATS))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); required a folder that nvvl wrote"
+        ) from None
+    except (ValueError, RecursionError, KeyError, TypeError, RecipeError) as error:
+        raise CheckpointError(f"{path}: not a recipe that nvvl wrote ({error!r})") from None
+    if unknown:
+        raise CheckpointError(f"{path}: not a recipe that nvvl wrote (format {unknown[0]!r})")
+    return recipe, formats
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

@@ -220,7 +220,7 @@ def _is_output(folder: Path) -> bool:
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and "nvvl_version" in manifest
 

@@ -8,7 +8,7 @@ whichever of the two the recipe asks for.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,13 @@ from nvvl.errors import DataError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.processor import Processor
+from nvvl.progress import Progress, Ticker
 from nvvl.quantize.activations import Activations
+from nvvl.quantize.block_names import list_blocks
 from nvvl.quantize.block_runner import BlockRunner, count_runs
-from nvvl.quantize.blocks import BlockReader, list_blocks
-from nvvl.quantize.estimate import default_limits
+from nvvl.quantize.blocks import BlockReader
 from nvvl.quantize.formats import BLOCK_SIZE
+from nvvl.quantize.limits import default_limits
 from nvvl.quantize.modalities import CANDIDATES, MODALITIES, PLAIN, LayerInputs, Modality
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 from nvvl.quantize.spill import SpillFolder
@@ -85,7 +87,7 @@ def collect_input_statistics(
     items: Sequence[Item],
     *,
     device: torch.device | str = "cpu",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[InputStatistics]:
     """Run a checkpoint over items and describe the inputs of the linears.
 
@@ -118,18 +120,11 @@ def collect_input_statistics(
     device = torch.device(device)
     all_blocks = list_blocks(checkpoint.config)
     blocks = all_blocks[: count_runs(all_blocks, formats)]
-    stage, done = "", 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(stage, done, len(blocks) * len(items))
-
+    ticker = Ticker(progress, total=len(blocks) * len(items))
     processor = Processor.from_folder(checkpoint.folder)
     budget = default_limits().activation_bytes
     activations = Activations(
-        items, processor, device=device, tick=tick, budget_bytes=budget, resumable=False
+        items, processor, device=device, tick=ticker.tick, budget_bytes=budget, resumable=False
     )
     runner = BlockRunner(checkpoint, device)
     found: list[InputStatistics] = []
@@ -138,20 +133,21 @@ def collect_input_statistics(
         BlockReader(checkpoint, blocks, device=device) as reader,
     ):
         spills = SpillFolder(Path(folder), index=0)
-        for count, stage in enumerate(blocks, start=1):
-            block = reader.take(stage)
+        for count, name in enumerate(blocks, start=1):
+            ticker.stage = name
+            block = reader.take(name)
             measured = {
                 fqn: _formats_to_measure(shapes[fqn][1])
                 for fqn, linear_format in formats.items()
-                if fqn.startswith(f"{stage}.") and linear_format in CALIBRATED_FORMATS
+                if fqn.startswith(f"{name}.") and linear_format in CALIBRATED_FORMATS
             }
             run = partial(runner.run, block, activations)
             if measured:
                 layer = runner.fill_layer(block)
                 candidates = PLAIN if recipe.image_weight is None else CANDIDATES
-                inputs = LayerInputs(stage, measured, candidates)
+                inputs = LayerInputs(name, measured, candidates)
                 inputs.survey(layer, activations)
-                run = partial(_run_rounded, inputs, layer, stage, activations)
+                run = partial(_run_rounded, inputs, layer, name, activations)
             activations.run_block(run, spills.file(count), room=shutil.disk_usage(folder).free)
             spills.drop(before=count)
             found += [

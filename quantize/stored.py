@@ -7,7 +7,6 @@ on the format, and serve that format alone. A distilled run has none to give: it
 trained after calibration, and its scales may have been.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from nvvl.errors import CalibrationError, CheckpointError, RecipeError
 from nvvl.model.hashing import hash_file
-from nvvl.model.safetensors_io import read_header, read_tensor
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_input_amaxes
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
-from nvvl.quantize.side_files import RECIPE_NAME
+from nvvl.quantize.side_files import read_recipe
 
 _MAX_NAMED = 3
 
@@ -63,22 +61,17 @@ class StoredCalibration:
                 "weights; leave out --from-calibration to calibrate on them"
             )
         path = folder / CALIBRATION_NAME
-        header = read_header(path)
+        inputs = read_input_amaxes(path)
         sha256 = hash_file(path)
         if manifest.files.get(CALIBRATION_NAME) != sha256:
             raise CheckpointError(
                 f"{path}: its hash is not the one in manifest.json; it changed after it was "
                 "written, calibrate again"
             )
-        suffix = ".input_amax"
-        recipe, formats = _read_recipe(folder / RECIPE_NAME)
+        recipe, formats = read_recipe(folder)
         return cls(
             folder=folder,
-            inputs={
-                name.removesuffix(suffix): read_tensor(info)
-                for name, info in header.items()
-                if name.endswith(suffix)
-            },
+            inputs=inputs,
             source=manifest.source,
             items=manifest.items,
             recipe=recipe,
@@ -136,11 +129,3 @@ class StoredCalibration:
 def _say_weight(recipe: Recipe) -> str:
     weight = recipe.image_weight
     return "no image_weight" if weight is None else f"image_weight {weight}"
-
-
-def _read_recipe(path: Path) -> tuple[Recipe, dict[str, Format]]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Recipe.from_dict(values["recipe"]), values["formats"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the recipe of a finished run ({error})") from None

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from nvvl.errors import RecipeError
-from nvvl.model.config import LanguageConfig, LayerKind, VLMConfig
+from nvvl.model.config import VLMConfig
+from nvvl.model.tensor_list import list_tensors
 from nvvl.quantize.formats import BLOCK_SIZE
-from nvvl.quantize.recipe import Format, Recipe, Rule, near_names
+from nvvl.quantize.recipe import NVFP4_FORMATS, Format, Recipe, Rule
+from nvvl.toml_tables import near_names
 
 LAYERS = "language_model.backbone.layers"
 
@@ -21,17 +23,12 @@ LinearShape = tuple[int, int]
 
 def list_linears(config: VLMConfig) -> dict[str, LinearShape]:
     """Return (out_features, in_features) of every quantizable linear, in layer order."""
-    language = config.language
-    shapes: dict[LayerKind, dict[str, LinearShape]] = {
-        "mamba": _mamba_linears(language),
-        "mlp": _mlp_linears(language),
-        "attention": _attention_linears(language),
-    }
-    return {
-        f"{LAYERS}.{index}.mixer.{leaf}": shape
-        for index, kind in enumerate(language.layers)
-        for leaf, shape in shapes[kind].items()
-    }
+    linears: dict[str, LinearShape] = {}
+    for spec in list_tensors(config):
+        if spec.name.startswith(f"{LAYERS}.") and spec.name.endswith("_proj.weight"):
+            out_features, in_features = spec.shape
+            linears[spec.name.removesuffix(".weight")] = (out_features, in_features)
+    return linears
 
 
 def layer_index(fqn: str) -> int:
@@ -129,7 +126,7 @@ def _require_blocks(
 ) -> None:
     for fqn, linear_format in formats.items():
         in_features = linear_shapes[fqn][1]
-        if linear_format in ("nvfp4", "nvfp4-w4a16") and in_features % BLOCK_SIZE:
+        if linear_format in NVFP4_FORMATS and in_features % BLOCK_SIZE:
             raise RecipeError(
                 f"{fqn}: NVFP4 needs in_features divisible by {BLOCK_SIZE}, got {in_features}; "
                 f'put a rule before the others: target = "{fqn}", format = "bf16" (or "fp8")'
@@ -144,29 +141,3 @@ def _require_equal_qkv(formats: Mapping[str, Format]) -> None:
                 f"{group[0].rsplit('.', 1)[0]}: servers fuse q_proj, k_proj and v_proj, so they "
                 f"need one format, got {got}; use the target *.mixer.[qkv]_proj"
             )
-
-
-def _mamba_linears(config: LanguageConfig) -> dict[str, LinearShape]:
-    inner, heads = config.mamba_inner_size, config.mamba_num_heads
-    return {
-        "in_proj": (inner + config.conv_dim + heads, config.hidden_size),
-        "out_proj": (config.hidden_size, inner),
-    }
-
-
-def _mlp_linears(config: LanguageConfig) -> dict[str, LinearShape]:
-    return {
-        "up_proj": (config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }
-
-
-def _attention_linears(config: LanguageConfig) -> dict[str, LinearShape]:
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (queries, config.hidden_size),
-        "k_proj": (keys, config.hidden_size),
-        "v_proj": (keys, config.hidden_size),
-        "o_proj": (config.hidden_size, queries),
-    }

@@ -36,18 +36,21 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
-from nvvl.progress import Progress
+from nvvl.progress import Progress, Ticker
 from nvvl.quantize import kernels
 from nvvl.quantize.activations import Activations
+from nvvl.quantize.amaxes import Amax, share_qkv
 from nvvl.quantize.background import Background
+from nvvl.quantize.block_names import list_blocks
 from nvvl.quantize.block_runner import BlockRunner, count_runs
-from nvvl.quantize.blocks import BlockReader, LoadedBlock, list_blocks
-from nvvl.quantize.estimate import UNLIMITED, Limits
+from nvvl.quantize.blocks import BlockReader, LoadedBlock
 from nvvl.quantize.freed import return_freed_memory
-from nvvl.quantize.journal import BlockRecord, describe_arithmetic, describe_run, read_journal
+from nvvl.quantize.identity import describe_arithmetic, describe_run
+from nvvl.quantize.journal import BlockRecord, read_journal
+from nvvl.quantize.limits import UNLIMITED, Limits
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.output import Output
-from nvvl.quantize.pack import Amax, require_usable, share_qkv
+from nvvl.quantize.pack import require_usable
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 from nvvl.quantize.sharing import join_shares, largest_amaxes, take_share
 from nvvl.quantize.spill import Spill, SpillFolder, open_spill
@@ -122,48 +125,28 @@ def quantize_checkpoint(
         with group.agreed():
             if device.type == "cpu":
                 kernels.active()  # refuses here what NVVL_KERNELS cannot have, not blocks later
-            checkpoint = Checkpoint(source)
-            check_tensors(checkpoint, expected_tensors(checkpoint.config))
-            formats = assign_formats(recipe, list_linears(checkpoint.config))
-            stored = None
-            if from_calibration is not None:
-                stored = StoredCalibration.read(from_calibration)
-                stored.require_covers(recipe, formats)
-                recipe = replace(recipe, num_calibration_items=stored.recipe.num_calibration_items)
-            used_items = () if stored else _select_items(recipe, formats, items)
-            if recipe.image_weight is not None and group.count > 1:
-                raise RecipeError(
-                    f"recipe {recipe.name}: image_weight sums errors over all items, which one "
-                    f"process does alone; got {group.count}: start one, or leave image_weight out"
-                )
-            share = take_share(used_items, group)
+            task = _read_task(source, recipe, items, from_calibration, group)
+            share = take_share(task.items, group)
             output = None
             if group.is_main:
-                identity = describe_run(
-                    checkpoint,
-                    recipe,
-                    device=device.type,
-                    calibration=stored.sha256 if stored else "",
-                )
-                if used_items:
-                    identity |= describe_arithmetic(device)
                 output = stack.enter_context(
                     Output(
-                        *(checkpoint, out, recipe, formats, identity, used_items),
+                        *(task.checkpoint, out, task.recipe, task.formats),
+                        *(_identify(task, device), task.items),
                         device=device,
                         overwrite=overwrite,
-                        stored=stored,
+                        stored=task.stored,
                         read_from=() if items is None else items.files,
                     )
                 )
         stage = resumable_stage(out)
         finished = output.journal.blocks if output else read_journal(stage.journal)[1]
         walk = Walk(
-            *(checkpoint, formats, recipe, device),
+            *(task.checkpoint, task.formats, task.recipe, device),
             spills=SpillFolder(stage.root, index=group.index),
             processes=group,
             output=output,
-            stored=stored,
+            stored=task.stored,
             limits=limits,
         )
         try:
@@ -239,7 +222,7 @@ class Walk:
         """
         blocks = list_blocks(self._checkpoint.config)
         num_runs = count_runs(blocks, self._formats) if items else 0
-        ticker = _Ticker(progress, total=len(blocks) + 1 + num_runs * len(items))
+        ticker = Ticker(progress, total=len(blocks) + 1 + num_runs * len(items))
         with self._processes.agreed():
             if self._output is not None:
                 for record in finished:
@@ -280,7 +263,7 @@ class Walk:
                 self._output.copy_rest()
             ticker.tick()
 
-    def _open_activations(self, items: Sequence[Item], ticker: "_Ticker") -> Activations:
+    def _open_activations(self, items: Sequence[Item], ticker: Ticker) -> Activations:
         return Activations(
             items,
             Processor.from_folder(self._checkpoint.folder),
@@ -305,7 +288,7 @@ class Walk:
         self,
         activations: Activations,
         finished: Sequence[BlockRecord],
-        ticker: "_Ticker",
+        ticker: Ticker,
         stop: Callable[[], bool] | None,
     ) -> int:
         """Bring the items to where the finished blocks leave them; return how many were skipped."""
@@ -422,23 +405,59 @@ class _Found:
     spill: str = ""
 
 
-class _Ticker:
-    """Counts steps for a progress callback."""
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What all processes do together, once source, recipe and items are known to fit each other.
 
-    def __init__(self, progress: Progress | None, *, total: int) -> None:
-        self.stage = ""
-        self._progress = progress
-        self._total = total
-        self._done = 0
+    Attributes:
+        checkpoint: The source.
+        formats: Format of each quantizable linear.
+        recipe: The recipe in force.
+        stored: The calibration that is packed from, if it is not found out anew.
+        items: The calibration items; empty if no input is calibrated.
+    """
 
-    def skip(self, num_steps: int) -> None:
-        """Count steps that an earlier run did."""
-        self._done += num_steps
+    checkpoint: Checkpoint
+    formats: Mapping[str, Format]
+    recipe: Recipe
+    stored: StoredCalibration | None
+    items: Sequence[Item]
 
-    def tick(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self.stage, self._done, self._total)
+
+def _read_task(
+    source: Path,
+    recipe: Recipe,
+    items: "CalibrationSet | None",
+    from_calibration: Path | None,
+    processes: Processes,
+) -> _Task:
+    """Open the source, and refuse what does not fit it; all else as in `quantize_checkpoint`."""
+    checkpoint = Checkpoint(source)
+    check_tensors(checkpoint, expected_tensors(checkpoint.config))
+    formats = assign_formats(recipe, list_linears(checkpoint.config))
+    stored = None
+    if from_calibration is not None:
+        stored = StoredCalibration.read(from_calibration)
+        stored.require_covers(recipe, formats)
+        recipe = replace(recipe, num_calibration_items=stored.recipe.num_calibration_items)
+    used_items = () if stored else _select_items(recipe, formats, items)
+    if recipe.image_weight is not None and processes.count > 1:
+        raise RecipeError(
+            f"recipe {recipe.name}: image_weight sums errors over all items, which one "
+            f"process does alone; got {processes.count}: start one, or leave image_weight out"
+        )
+    return _Task(
+        checkpoint=checkpoint, formats=formats, recipe=recipe, stored=stored, items=used_items
+    )
+
+
+def _identify(task: _Task, device: torch.device) -> dict[str, str]:
+    """Say what the bytes of the output depend on, but for the calibration items."""
+    calibration = task.stored.sha256 if task.stored else ""
+    identity = describe_run(
+        task.checkpoint, task.recipe, device=device.type, calibration=calibration
+    )
+    return identity | describe_arithmetic(device) if task.items else identity
 
 
 def _select_items(

@@ -11,9 +11,9 @@ from dataclasses import replace
 from torch import nn
 
 from nvvl.quantize.activations import Activations
+from nvvl.quantize.amaxes import Amax
 from nvvl.quantize.calibrate import calibrate_block
 from nvvl.quantize.modalities import CANDIDATES, LayerInputs
-from nvvl.quantize.pack import Amax
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 
 

@@ -9,6 +9,7 @@ fill in, never guessed.
 import json
 
 from nvvl.reports.collect import Report, RunScore
+from nvvl.reports.compare import recovery_percent
 from nvvl.reports.evidence import Evidence
 from nvvl.reports.harness_text import describe_harness, make_task_rows, name_metric
 from nvvl.reports.page import format_size, open_templates
@@ -36,7 +37,6 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
         .render(
             report=report,
             run=run,
-            baseline=report.runs[0],
             manifest=evidence.manifest,
             recipe=evidence.recipe,
             proof=evidence.proof,
@@ -44,6 +44,7 @@ def render_card(report: Report, run: RunScore, evidence: Evidence) -> str:
             source_sha256=evidence.source_sha256,
             changes=evidence.changes,
             size=format_size(run.weights_bytes),
+            size_percent=recovery_percent(run.weights_bytes, report.runs[0].weights_bytes),
             baseline_size=format_size(report.runs[0].weights_bytes),
             rows=[(row.name, row.cells[0], row.cells[place]) for row in make_rows(report)],
             tasks=tasks,

@@ -62,7 +62,8 @@ class SuiteScore:
         exact_match: share of answers equal to the truth.
         cer: mean character error rate; None where no answers are asked for.
         anls: mean normalized Levenshtein similarity; None as above.
-        perplexity: of the true answers' tokens, given the prompt and the tokens before.
+        perplexity: of the true answers' tokens, given the prompt and the tokens before; infinite
+            where a float cannot hold it.
         visual_tokens: mean number of image tokens of a prompt.
         kl: mean KL(teacher || model) in nats; None where it was not measured.
         top1: share of answer tokens with the teacher's most likely token, mean over items.
@@ -301,11 +302,21 @@ def _exact_match(answers: Sequence[Answer]) -> Interval:
 
 
 def _perplexity(answers: Sequence[Answer]) -> Interval:
-    """Return exp of the mean over all tokens; items are resampled with their tokens together."""
+    """Return exp of the mean over all tokens; items are resampled with their tokens together.
+
+    What is more than a float can hold is infinite.
+    """
     weights = [float(a.num_tokens) for a in answers]
     mean = bootstrap_ratio([a.nll * a.num_tokens for a in answers], weights)
-    estimate, low, high = (math.exp(value) for value in (mean.estimate, mean.low, mean.high))
+    estimate, low, high = map(_exp, (mean.estimate, mean.low, mean.high))
     return Interval(estimate, low, high, mean.n)
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _divergence(answers: Sequence[Answer]) -> tuple[Interval | None, Interval | None]:

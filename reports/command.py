@@ -14,6 +14,7 @@ from nvvl.options import (
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    ResumableOverwriteOption,
     SeedOption,
     choose_device,
 )
@@ -62,13 +63,14 @@ def evaluate(
     max_tiles: Annotated[
         int | None, typer.Option(min=1, help="Most tiles of an image; else the model's limit.")
     ] = None,
-    evs: Annotated[
-        float, typer.Option(metavar="RATE", help="Share of video tokens to prune, 0 to below 1.")
+    pruning_rate: Annotated[
+        float,
+        typer.Option(metavar="RATE", help="Share of video tokens to prune (EVS), 0 to below 1."),
     ] = 0.0,
     batch: BatchOption = 32,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    overwrite: ResumableOverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask models the same generated questions and keep every answer; goes on where it stopped."""
@@ -78,7 +80,7 @@ def evaluate(
     from nvvl.reports.suites import DEFAULT_SUITES, find_suites
 
     runs = [
-        Candidate(folder=path, out=out / name, label=name, pruning_rate=evs)
+        Candidate(folder=path, out=out / name, label=name, pruning_rate=pruning_rate)
         for path, name in name_models(models, label).items()
     ]
     options = Options(
@@ -197,7 +199,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of nvvl evaluate and of nvvl lm-eval; the first is compared to.",
+            help="Folders of nvvl evaluate and of nvvl lm-eval; the first is the baseline.",
         ),
     ],
     *,
@@ -239,14 +241,14 @@ def demo(
     from nvvl.console import print_json, print_table, show_progress
     from nvvl.model.products import has_fast_bf16
     from nvvl.reports.demo import run_demo
-    from nvvl.reports.render import make_table
+    from nvvl.reports.render import make_table, to_json
 
     source = resolve_model("embedded")
     short = not has_fast_bf16() if short is None else short
     with show_progress() as progress:
         result = run_demo(source, out, short=short, num_items=items, progress=progress)
     if as_json:
-        print_json(asdict(result.report))
+        print_json(to_json(result.report))
     else:
         print_table(make_table(result.report))
         for name, path in result.outputs.items():
@@ -258,6 +260,8 @@ def demo(
 
 def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Path, str]:
     """Return folder and label of each model; the label also names the folder of its run."""
+    from nvvl.reports.run import check_label
+
     folders = [resolve_model(model).resolve() for model in models]
     names = list(map(_own_name, models, folders)) if labels is None else list(labels)
     if len(names) != len(folders):
@@ -269,9 +273,8 @@ def name_models(models: Sequence[str], labels: Sequence[str] | None) -> dict[Pat
             f"models: required different folders and names, got {', '.join(names)}; "
             "tell them apart with --label"
         )
-    unfit = [name for name in names if not name or Path(name).name != name]
-    if unfit:
-        raise DataError(f"--label: {unfit[0]!r} cannot name a folder; leave out slashes")
+    for name in names:
+        check_label(name, "--label")
     return dict(zip(folders, names, strict=True))
 
 
@@ -292,11 +295,11 @@ def _show_report(
     from nvvl.console import print_json, print_table
     from nvvl.reports.harness_text import task_table
     from nvvl.reports.publish import publish
-    from nvvl.reports.render import make_table
+    from nvvl.reports.render import make_table, to_json
 
     published = publish(runs, out, proofs=proofs, sweeps=sweeps)
     if as_json:
-        print_json(asdict(published.report))
+        print_json(to_json(published.report))
         return
     compared = published.report
     print_table(make_table(compared))

@@ -226,8 +226,9 @@ def mcnemar_test(num_gained: int, num_lost: int) -> float:
 
 
 def recovery_percent(value: float, baseline: float) -> float | None:
-    """Return ``value`` as a percentage of ``baseline``; None if the baseline is 0."""
-    return 100 * value / baseline if baseline else None
+    """Return ``value`` as a percentage of ``baseline``; None if that is 0, or as good as 0."""
+    percent = 100 * value / baseline if baseline else math.inf
+    return percent if math.isfinite(percent) else None
 
 
 def _resample_means(

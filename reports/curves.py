@@ -8,10 +8,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from nvvl.errors import DataError, OutputError, writing
 from nvvl.reports.compare import Interval
+from nvvl.reports.json_values import read_object
+
+_Curves = TypeVar("_Curves")
 
 SweepKind = Literal["evs", "tiles"]
 
@@ -142,37 +145,40 @@ def load_sweep(path: Path) -> Sweep:
     """Read a ``sweep-KIND.json``.
 
     Raises:
-        DataError: if it is missing or something else.
+        DataError: if it is missing or something else, or lacks points of a suite.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["kind"] not in get_args(SweepKind):
-            raise ValueError(f"kind {values['kind']!r}")
-        points, notes = map(_read_point, values["points"]), values.get("notes", ())
-        return Sweep(**{**values, "points": tuple(points), "notes": tuple(notes)})
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: required what nvvl sweep has written ({error!r})") from None
+    sweep = _load(path, Sweep, "nvvl sweep")
+    suites = {point.suite for point in sweep.points}
+    if not suites or suites != set(sweep.metrics):
+        raise DataError(
+            f"{path}: required points of the suites that have a metric, "
+            f"{', '.join(sweep.metrics) or 'none'}, got points of {', '.join(suites) or 'none'}; "
+            "run nvvl sweep again"
+        )
+    return sweep
 
 
 def load_depth(path: Path) -> Depth:
     """Read a ``depth.json``.
 
     Raises:
-        DataError: if it is missing or something else.
+        DataError: if it is missing or something else, or lacks layers.
     """
+    depth = _load(path, Depth, "nvvl sweep depth")
+    if not depth.layers or not all(depth.layers.values()):
+        raise DataError(
+            f"{path}: required layers of each model, and a model; run nvvl sweep depth again"
+        )
+    return depth
+
+
+def _load(path: Path, cls: type[_Curves], verb: str) -> _Curves:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        layers = {
-            label: tuple(_read_layer(entry) for entry in entries)
-            for label, entries in values["layers"].items()
-        }
-        return Depth(**{**values, "suites": tuple(values["suites"]), "layers": layers})
+        return read_object(cls, json.loads(path.read_text(encoding="utf-8")), "curves")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: required what nvvl sweep depth has written ({error!r})") from None
+    except (ValueError, RecursionError, DataError) as error:
+        raise DataError(f"{path}: required what {verb} has written ({error})") from None
 
 
 def load_curves(out: Path) -> tuple[list[Sweep], list[Depth]]:
@@ -228,25 +234,3 @@ def write_curves(curves: Sweep | Depth, out: Path) -> None:
     with writing(path):
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curves), indent=2) + "\n", encoding="utf-8")
-
-
-def _read_point(values: dict[str, Any]) -> Point:
-    speed = values["speed"]
-    return Point(
-        **{
-            **values,
-            "score": Interval(**values["score"]),
-            "difference": Interval(**values["difference"]),
-            "kl": None if values["kl"] is None else Interval(**values["kl"]),
-            "speed": Speed(
-                first_token_ms=Spread(**speed["first_token_ms"]),
-                tokens_per_s=Spread(**speed["tokens_per_s"]),
-                num_new_tokens=speed["num_new_tokens"],
-            ),
-        }
-    )
-
-
-def _read_layer(values: dict[str, Any]) -> LayerNoise:
-    intervals = {key: Interval(**values[key]) for key in ("kl_through", "kl_alone")}
-    return LayerNoise(**{**values, **intervals})

@@ -68,7 +68,7 @@ def find_engines(checkpoint: Path) -> Engines | None:
         )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest of engines ({error!r})") from None
     if made_from != hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest():
         raise DataError(

@@ -30,7 +30,7 @@ from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.progress import Progress
-from nvvl.quantize.journal import describe_arithmetic
+from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import load_any
 from nvvl.quantize.staging import locked
 from nvvl.reports.journal import Journal, keeping_answers
@@ -78,7 +78,7 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not 0 <= self.pruning_rate < 1:
-            raise DataError(f"pruning_rate: required 0 to less than 1, got {self.pruning_rate}")
+            raise DataError(f"--pruning-rate: required 0 to below 1, got {self.pruning_rate:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,8 +392,8 @@ def _require_videos(suites: Sequence[Suite], candidates: Sequence[Candidate]) ->
     rate = max(candidate.pruning_rate for candidate in candidates)
     if rate and not any(suite.has_videos for suite in suites):
         raise DataError(
-            f"pruning_rate {rate:g}: the suites {', '.join(suite.name for suite in suites)} have "
-            "no videos to prune; ask the suite video too, or leave the rate out (--evs)"
+            f"--pruning-rate {rate:g}: the suites {', '.join(suite.name for suite in suites)} have "
+            "no videos to prune; ask the suite video too, or leave --pruning-rate out"
         )
 
 

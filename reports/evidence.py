@@ -19,7 +19,7 @@ from nvvl.errors import DataError
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
-from nvvl.quantize.side_files import RECIPE_NAME, ROTATION_NAME
+from nvvl.quantize.side_files import ROTATION_NAME, read_recipe
 from nvvl.quantize.staging import MANIFEST_NAME
 from nvvl.reports.deployment import Engines, find_engines
 from nvvl.reports.harness_run import HarnessRun
@@ -48,6 +48,7 @@ class Proof:
 
     Attributes:
         folder: the checkpoint that was proved.
+        manifest_sha256: of its ``manifest.json``; None if it had none.
         sqnr_db: signal to quantization noise of each weight, in dB, by module name; infinite ones
             are left out.
         counts: how many checks passed, failed and were not made, by these words.
@@ -55,6 +56,7 @@ class Proof:
 
     path: Path
     folder: Path
+    manifest_sha256: str | None
     passed: bool
     checks: tuple[ProofCheck, ...]
     sqnr_db: Mapping[str, float]
@@ -115,7 +117,7 @@ def gather_evidence(
     Raises:
         DataError: if a proof cannot be read, is of no run, or is older than its checkpoint, or if a
             checkpoint is not the one that was asked.
-        CheckpointError: if a manifest is not one.
+        CheckpointError: if a manifest or a recipe is missing or not one.
     """
     by_folder = {proof.folder.resolve(): proof for proof in map(read_proof, proofs)}
     folders = [run.model.resolve() for run in runs]
@@ -152,7 +154,8 @@ def read_proof(path: Path) -> Proof:
         return Proof(
             path=path,
             folder=Path(values["folder"]),
-            passed=bool(values["passed"]),
+            passed=_require_bool(values["passed"]),
+            manifest_sha256=values["manifest_sha256"],
             checks=tuple(
                 ProofCheck(check["rule"], check["name"], check["status"], check["detail"])
                 for check in values["checks"]
@@ -166,8 +169,14 @@ def read_proof(path: Path) -> Proof:
         )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{path}: required the output of nvvl verify --json ({error!r})") from None
+
+
+def _require_bool(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"passed: required true or false, got {value!r}")
+    return value
 
 
 def _require_same(run: RunResult | HarnessRun, folder: Path) -> None:
@@ -182,6 +191,13 @@ def _require_same(run: RunResult | HarnessRun, folder: Path) -> None:
 def _require_newer(proof: Proof, folder: Path) -> None:
     if not folder.is_dir():
         return
+    manifest = folder / MANIFEST_NAME
+    found = hash_file(manifest) if manifest.is_file() else None
+    if proof.manifest_sha256 != found:  # copies keep the times of their originals
+        raise DataError(
+            f"{proof.path}: proves another checkpoint than what is now at {folder}; run nvvl "
+            "verify again, or remove the file"
+        )
     newest = max((p.stat().st_mtime_ns for p in folder.iterdir() if p.is_file()), default=0)
     if proof.path.stat().st_mtime_ns < newest:
         raise DataError(
@@ -196,7 +212,7 @@ def _read_folder(folder: Path, proof: Proof | None) -> Evidence:
     if (folder / MANIFEST_NAME).is_file():
         manifest = Manifest.read(folder)
         if manifest.format != _BF16:
-            recipe, formats = _read_recipe(folder / RECIPE_NAME)
+            recipe, formats = read_recipe(folder)
     return Evidence(
         manifest=manifest,
         recipe=recipe,
@@ -213,7 +229,7 @@ def _read_rotation(path: Path) -> Mapping[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _describe_rotation(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not what nvvl rotate wrote ({error!r})") from None
     return values
 
@@ -240,13 +256,3 @@ def _describe_distillation(record: Mapping[str, Any]) -> str:
         f"{text}; validation loss {loss['start']:.4g} before, {loss['written']:.4g} at step "
         f"{record['step']:,}, which was written"
     )
-
-
-def _read_recipe(path: Path) -> tuple[Recipe, Mapping[str, str]]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Recipe.from_dict(values["recipe"]), values["formats"]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a recipe that nvvl wrote ({error!r})") from None

@@ -28,7 +28,7 @@ import torch
 import nvvl
 from nvvl.errors import DataError, HardwareError
 from nvvl.progress import Progress
-from nvvl.quantize.journal import describe_arithmetic
+from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import load_any
 from nvvl.quantize.staging import locked
 from nvvl.reports.harness_output import read_output

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nvvl.options import DeviceOption, JsonOption, OverwriteOption, choose_device
+from nvvl.options import DeviceOption, JsonOption, ResumableOverwriteOption, choose_device
 from nvvl.reports.command import BatchOption, LabelOption, name_models
 
 
@@ -41,7 +41,7 @@ def lm_eval(
     ] = 4096,
     batch: BatchOption = 32,
     device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
+    overwrite: ResumableOverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness (text alone); goes on where it stopped."""

@@ -32,7 +32,7 @@ class ResponseJournal:
             try:
                 entry = json.loads(line)
                 self._responses[entry["sha256"]] = entry["response"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path}: line {number} is not a response ({error}); delete the file: what it "
                     "has is asked again"

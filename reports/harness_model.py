@@ -165,8 +165,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return [self.journal[key] for key in keys]
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.processor.tokenize(text)
 
     def _encode_pair(self, request: Instance) -> _Scored:
         """Encode both as one text, but an answer apart from the opening of its turn.

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import DataError
+from nvvl.errors import DataError, reading
+from nvvl.reports.json_values import read_object
 from nvvl.reports.run import ModelRun
 
 RESULTS_NAME = "lm-eval.json"
@@ -176,35 +177,25 @@ def read_harness_run(out: Path) -> HarnessRun:
     """Read a run, finished or not.
 
     Raises:
-        DataError: if a file is missing or does not parse.
+        DataError: if a file is missing, does not parse, or has what no run has.
     """
     path = out / RESULTS_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return HarnessRun(
-            **{
-                **values,
-                "out": out,
-                "model": Path(values["model"]),
-                "settings": HarnessSettings(**values["settings"]),
-                "tasks": {
-                    task: tuple(map(_read_result, results))
-                    for task, results in values["tasks"].items()
-                },
-                "unfinished": tuple(values["unfinished"]),
-                "items": _read_items(out / ITEMS_NAME),
-            }
-        )
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: not results of nvvl lm-eval ({error!r}); choose another folder"
-        ) from None
+    except UnicodeDecodeError as error:
+        raise _no_results(path, error) from None
+    items = _read_items(out / ITEMS_NAME)
+    try:
+        # numbers of the harness may be infinite; those are not compared
+        return read_object(HarnessRun, json.loads(text), "run", finite=False, out=out, items=items)
+    except (ValueError, RecursionError, DataError) as error:
+        raise _no_results(path, error) from None
 
 
-def _read_result(values: Mapping[str, Any]) -> TaskResult:
-    return TaskResult(**{**values, "metrics": tuple(Metric(**m) for m in values["metrics"])})
+def _no_results(path: Path, reason: Exception) -> DataError:
+    return DataError(f"{path}: not results of nvvl lm-eval ({reason}); choose another folder")
 
 
 def _read_items(path: Path) -> dict[str, tuple[ItemScores, ...]]:
@@ -212,22 +203,15 @@ def _read_items(path: Path) -> dict[str, tuple[ItemScores, ...]]:
     found: dict[str, dict[int, ItemScores]] = {}
     if not path.is_file():
         return {}
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    with reading(path):
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            item = _read_item(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            item = read_object(ItemScores, json.loads(line), "item", finite=False)
+        except (ValueError, RecursionError, DataError) as error:
             raise DataError(
-                f"{path}: line {number} is not scores of an item ({error!r}); remove the file and "
+                f"{path}: line {number} is not scores of an item ({error}); remove the file and "
                 "run again"
             ) from None
         found.setdefault(item.task, {})[item.index] = item
     return {task: tuple(item for _, item in sorted(items.items())) for task, items in found.items()}
-
-
-def _read_item(values: Mapping[str, Any]) -> ItemScores:
-    scores = {
-        key: (score[0], score[1]) if isinstance(score, list) else float(score)
-        for key, score in values["scores"].items()
-    }
-    return ItemScores(**{**values, "scores": scores})

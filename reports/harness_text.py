@@ -116,7 +116,7 @@ def _make_rows(
     name = name_metric(metric) + _ARROWS[metric.higher_is_better]
     rows = [(name, tuple(map(_format_value, scores)))]
     if any(differences):
-        rows.append((f"- less {baseline}", tuple(map(_format_difference, scores))))
+        rows.append((f"- minus {baseline}", tuple(map(_format_difference, scores))))
     if any(found is not None and found.p_value is not None for found in differences):
         rows.append(("- McNemar's p", tuple(map(_format_test, scores))))
     return rows

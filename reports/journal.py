@@ -21,6 +21,7 @@ from nvvl.reports.run import (
     AnswerKey,
     RunResult,
     Settings,
+    check_label,
     load_run,
     read_answers,
     read_settings,
@@ -42,7 +43,7 @@ class Journal:
         self.out = out
         self.settings = settings
         self.answers = answers
-        self.num_expected = len(list(settings.expected_keys()))
+        self.num_expected = settings.num_expected
 
     @classmethod
     def open(
@@ -57,9 +58,11 @@ class Journal:
             overwrite: discard a run with other settings instead of refusing.
 
         Raises:
+            DataError: if the label cannot name a folder, or what is there is damaged.
             OutputError: if ``out`` holds a run with other settings, or files of something else, or
                 cannot be written.
         """
+        check_label(about["label"], f"{out}: label")
         path = out / SETTINGS_NAME
         answers_path = out / ANSWERS_NAME
         answers: dict[AnswerKey, Answer] = {}

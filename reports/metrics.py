@@ -23,7 +23,6 @@ Edit distances are rapidfuzz's and character error rates jiwer's, which counts w
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import jiwer
 import torch
@@ -31,9 +30,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional
 
-MetricName = Literal[
-    "exact_match", "character_accuracy", "anls", "relaxed_accuracy", "token_probability"
-]
+from nvvl.reports.run import MetricName
 
 # Scores that are read off the logits of the true answer; no answer is generated for them.
 TOKEN_PROBABILITY: MetricName = "token_probability"

@@ -12,11 +12,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from nvvl.reports.collect import Report, RunScore
+from nvvl.reports.compare import recovery_percent
 from nvvl.reports.curve_plots import plot_depth, plot_sweep
 from nvvl.reports.evidence import Evidence
 from nvvl.reports.examples import SuiteExamples, find_examples
 from nvvl.reports.harness_run import HarnessRun
 from nvvl.reports.harness_text import describe_harness, make_task_rows
+from nvvl.reports.markdown import markdown_cell, markdown_code, plain_markdown
 from nvvl.reports.plots import SHAPES, plot_forest, plot_noise, plot_sizes, shape_of
 from nvvl.reports.published import PUBLISHED_TABLES
 from nvvl.reports.render import make_notes, make_rows
@@ -34,13 +36,13 @@ class Summary:
 
     Attributes:
         size: of the weights, with its unit.
-        size_percent: of the baseline's.
+        size_percent: of the baseline's; None if that is 0.
         change: the lowest difference to the baseline, in words; empty for the baseline.
     """
 
     label: str
     size: str
-    size_percent: float
+    size_percent: float | None
     change: str
     verified: bool | None
     sees_the_image: bool | None
@@ -101,7 +103,11 @@ def render_page(
 
 
 def open_templates() -> Environment:
-    """Return the templates of reports; HTML escapes what is put into it, Markdown does not."""
+    """Return the templates of reports; HTML escapes what is put into it, Markdown where it says so.
+
+    In Markdown, ``plain`` is for text of files in a line, ``cell`` in a cell of a table, and
+    ``code`` as code.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(["html"]),
@@ -111,6 +117,7 @@ def open_templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"signed": signed, "words": lambda name: name.replace("_", " ")}
+    environment.filters |= {"plain": plain_markdown, "cell": markdown_cell, "code": markdown_code}
     return environment
 
 
@@ -147,7 +154,7 @@ def _summarize(run: RunScore, baseline: RunScore) -> Summary:
     return Summary(
         label=run.label,
         size=format_size(run.weights_bytes),
-        size_percent=100 * run.weights_bytes / baseline.weights_bytes,
+        size_percent=recovery_percent(run.weights_bytes, baseline.weights_bytes),
         change=_describe_change(run),
         verified=run.verified,
         sees_the_image=None if run.gate is None else run.gate.passed,

@@ -29,7 +29,7 @@ _KINDS = {
 _OTHER_KIND = "other"
 SHAPES = {"Mamba": "circle", "attention": "square", "MLP": "triangle", _OTHER_KIND: "diamond"}
 _RUN_SHAPES = ("circle", "square", "triangle", "diamond")
-_NUMBERED = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
+_NUMBERED = re.compile(r"(.*?)\.(\d{1,9})(?:\.|$)")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def publish(
     cards = {}
     for run in report.runs[1:]:
         if evidence[run.label].recipe is not None:
-            cards[run.label] = folder / "cards" / run.label.replace("/", "-") / "README.md"
+            cards[run.label] = folder / "cards" / run.label / "README.md"
             _write(cards[run.label], render_card(report, run, evidence[run.label]))
     return Publication(report=report, page=page, data=data, table=table, cards=cards)
 

@@ -7,7 +7,6 @@ its final tokens only when its images are encoded.
 Shapes: n tiles, L tokens a tile, H hidden, T tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
 from nvvl.model.config import VLMConfig
 from nvvl.model.processor import Batch, ModelInputs, Processor
-from nvvl.model.video import evs_retention_mask, prune_video_tokens
+from nvvl.model.video import prune_prompt
 from nvvl.model.vlm import NemotronNanoVL
 
 # Tiles that go through the vision tower at a time; a batch of long documents has thousands.
@@ -114,20 +113,8 @@ def prune_videos(
         config: the model's config.
         pruning_rate: share of the tokens of each video to drop; 0 drops none.
     """
-    prompt = question.prompt
-    if not pruning_rate or prompt.video_mask is None:
-        return encoded
-    is_image = prompt.input_ids == config.image_token_id
-    is_video_row = prompt.video_mask[is_image].to(encoded.features.device)
-    frames = encoded.features[is_video_row].unflatten(0, (-1, config.tokens_per_tile))
-    side = math.isqrt(config.tokens_per_tile)
-    masks = [
-        evs_retention_mask(video.unflatten(1, (side, side)), pruning_rate).cpu()
-        for video in frames.split(list(prompt.video_frames))
-    ]
-    kept = prune_video_tokens(prompt.video_mask, masks)
-    rows = kept[is_image].to(encoded.features.device)
-    return Encoded(prompt.input_ids[kept], encoded.answer_ids, encoded.features[rows])
+    kept, features = prune_prompt(config, question.prompt, encoded.features, pruning_rate)
+    return replace(encoded, prompt_ids=encoded.prompt_ids[kept], features=features)
 
 
 def collate_ids(rows: Sequence[Tensor], pad_token_id: int) -> Batch:

@@ -2,13 +2,15 @@
 
 Runs stand side by side and measurements below each other, so that any number of suites fits a
 terminal of 80 columns. A number is followed by its 95 % interval in brackets. Nothing is rounded
-in ``report.json``.
+in ``report.json``, and what is infinite is null there, for JSON has no infinity.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -17,6 +19,7 @@ from nvvl.errors import OutputError, writing
 from nvvl.reports.collect import Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
 from nvvl.reports.harness_text import TASK_NOTES, describe_harness, make_task_rows
+from nvvl.reports.markdown import markdown_cell, plain_markdown
 from nvvl.reports.metrics import TOKEN_PROBABILITY
 
 _NONE = "-"
@@ -50,19 +53,34 @@ def write_report(report: Report, out: Path, *, name: str = "report") -> tuple[Pa
     json_path, markdown_path = out / f"{name}.json", out / f"{name}.md"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        values = json.dumps(to_json(report), indent=2, allow_nan=False)
+        json_path.write_text(values + "\n", encoding="utf-8")
         text = render_markdown(report)
         markdown_path.write_bytes(text.encode(errors="backslashreplace"))  # names may be no UTF-8
     return json_path, markdown_path
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Return what ``report.json`` holds; `nvvl.reports` has a schema of it."""
+    values: dict[str, Any] = _without_infinity(asdict(report))
+    return values
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(entry) for entry in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def render_markdown(report: Report) -> str:
     """Return the comparison as a Markdown page."""
     labels = [run.label for run in report.runs]
     lines = [
-        f"# {' / '.join(labels)}",
+        f"# {plain_markdown(' / '.join(labels))}",
         "",
-        f"{_describe_items(report)} Brackets are 95 % intervals.",
+        f"{plain_markdown(_describe_items(report))} Brackets are 95 % intervals.",
         "",
         _markdown_line(["", *labels]),
         _markdown_line(["---", *("---:" for _ in labels)]),
@@ -74,12 +92,14 @@ def render_markdown(report: Report) -> str:
     ]
     for run in report.runs:
         outs = [task.outs[run.label] for task in report.tasks if run.label in task.outs]
-        lines += [
-            f"- **{run.label}**: {run.model} ({run.format}, computed in {run.dtype}, "
+        text = (
+            f"**{run.label}**: {run.model} ({run.format}, computed in {run.dtype}, "
             f"{run.folder_bytes:,} bytes in all files, sha256 {run.model_sha256[:16]}), "
             f"answers in {', '.join(dict.fromkeys([run.out, *outs]))}"
-        ]
-    lines += ["", "## How to read this", "", *(f"- {note}" for note in make_notes(report)), ""]
+        )
+        lines.append(f"- {plain_markdown(text)}")
+    notes = (f"- {plain_markdown(note)}" for note in make_notes(report))
+    lines += ["", "## How to read this", "", *notes, ""]
     return "\n".join(lines)
 
 
@@ -107,7 +127,7 @@ def make_rows(report: Report) -> list[Row]:
         name = f"{suite}: {score.metric}, %".replace("_", " ")
         cells = tuple(_NONE if found is None else _percent(found.score) for found in scores)
         rows.append(Row(name, cells))
-        rows.append(Row(f"- less {report.baseline}", tuple(_points(score) for score in scores)))
+        rows.append(Row(f"- minus {report.baseline}", tuple(_points(score) for score in scores)))
         if score.metric == TOKEN_PROBABILITY:
             cells = tuple(_NONE if found is None else _plain(found.perplexity) for found in scores)
             rows.append(Row(f"{suite}: perplexity".replace("_", " "), cells))
@@ -155,7 +175,7 @@ def _markdown_tasks(report: Report, labels: Sequence[str]) -> list[str]:
     lines = [
         "## Tasks of the lm-evaluation-harness",
         "",
-        f"{describe_harness(report.tasks)}. ± is its standard error.",
+        f"{plain_markdown(describe_harness(report.tasks))}. ± is its standard error.",
         "",
         _markdown_line(["", *labels]),
         _markdown_line(["---", *("---:" for _ in labels)]),
@@ -180,7 +200,11 @@ def _percent(value: Interval | None) -> str:
 
 
 def _plain(value: Interval) -> str:
-    return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"
+    middle, low, high = (
+        f"{v:.4g}" if math.isfinite(v) else ">1e308"
+        for v in (value.estimate, value.low, value.high)
+    )
+    return f"{middle} [{low}, {high}]"
 
 
 def _points(suite: SuiteScore | None) -> str:
@@ -215,4 +239,4 @@ def _verdict(run: RunScore) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_cell, cells)) + " |"

@@ -11,16 +11,22 @@ another model. No torch here: reports are made from answers alone.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nvvl.errors import DataError
+from nvvl.errors import ConfigError, DataError, reading
+from nvvl.model.checkpoint_writer import INDEX_NAME
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
 from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.reports.json_values import read_object
 
+MetricName = Literal[
+    "exact_match", "character_accuracy", "anls", "relaxed_accuracy", "token_probability"
+]
 ImageCondition = Literal["right", "blank", "other"]
 AnswerKey = tuple[str, ImageCondition, int]
 
@@ -28,6 +34,9 @@ GATE_CONDITIONS: tuple[ImageCondition, ...] = ("blank", "other")
 
 SETTINGS_NAME = "run.json"
 ANSWERS_NAME = "answers.jsonl"
+
+# Control characters, and what else ends a line.
+_NOT_IN_LABELS = ("Cc", "Zl", "Zp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,7 @@ class Settings:
         gate_suite: suite whose first ``gate_items`` items are asked again with a blank image and
             with another item's image; None if the gate is not run.
         arithmetic: what its rounding depends on, by name, as
-            `nvvl.quantize.journal.describe_arithmetic` says it; empty where it was not recorded.
+            `nvvl.quantize.identity.describe_arithmetic` says it; empty where it was not recorded.
         dtype: dtype of the computation, such as ``bfloat16``.
         max_num_tiles: limit of tiles an image; None for the model's own.
         pruning_rate: share of the tokens of each video that was dropped.
@@ -52,7 +61,7 @@ class Settings:
     model_sha256: str
     teacher_sha256: str | None
     suites: tuple[str, ...]
-    metrics: tuple[str, ...]
+    metrics: tuple[MetricName, ...]
     num_items: int
     seed: int
     batch_size: int
@@ -64,6 +73,19 @@ class Settings:
     max_num_tiles: int | None
     pruning_rate: float
     nvvl_version: str
+
+    @property
+    def num_expected(self) -> int:
+        """Answers of a finished run."""
+        num_gates = 0 if self.gate_suite is None else len(GATE_CONDITIONS) * self.gate_items
+        return len(self.suites) * self.num_items + num_gates
+
+    def expects(self, key: AnswerKey) -> bool:
+        """Whether an answer is one of the run's."""
+        suite, condition, index = key
+        if condition == "right":
+            return suite in self.suites and index < self.num_items
+        return suite == self.gate_suite and index < self.gate_items
 
     def expected_keys(self) -> Iterator[AnswerKey]:
         """Yield the key of every answer of a finished run, in order."""
@@ -127,7 +149,7 @@ class ModelRun:
 
     Attributes:
         out: folder of the run.
-        label: name of the run in reports.
+        label: name of the run in reports; also names folders, see `check_label`.
         model: folder of the model.
         format: numeric format of the weights, such as ``BF16`` or ``NVFP4``.
         weights_bytes: bytes of the model's safetensors weights on disk.
@@ -143,6 +165,9 @@ class ModelRun:
     folder_bytes: int
     manifest_sha256: str | None = None
 
+    def __post_init__(self) -> None:
+        check_label(self.label, "label")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(ModelRun):
@@ -156,6 +181,21 @@ class RunResult(ModelRun):
         return [a for a in self.answers if a.suite == suite and a.condition == condition]
 
 
+def check_label(label: str, where: str) -> None:
+    """Refuse a name of a run that cannot name a folder, or would name one elsewhere.
+
+    Raises:
+        DataError: beginning with ``where``.
+    """
+    if label in ("", ".", "..") or any(
+        char == "/" or unicodedata.category(char) in _NOT_IN_LABELS for char in label
+    ):
+        raise DataError(
+            f"{where}: required a name of one line without slashes, and neither . nor .., got "
+            f"{label!r:.80}; choose another with --label"
+        )
+
+
 def load_run(out: Path) -> RunResult:
     """Read the folder of a finished run.
 
@@ -167,27 +207,18 @@ def load_run(out: Path) -> RunResult:
     values = _read_json(path)
     settings = read_settings(path)
     found = {answer.key: answer for answer in read_answers(out / ANSWERS_NAME)}
-    expected = list(settings.expected_keys())
-    missing = [key for key in expected if key not in found]
-    if missing:
+    num_missing = settings.num_expected - sum(settings.expects(key) for key in found)
+    if num_missing:
         raise DataError(
-            f"{out}: the run is not finished, {len(missing)} of {len(expected)} answers are "
+            f"{out}: the run is not finished, {num_missing} of {settings.num_expected} answers are "
             "missing; run nvvl evaluate with the same settings and it goes on"
         )
+    about = {f.name: values[f.name] for f in fields(ModelRun) if f.name in values}
+    answers = tuple(found[key] for key in settings.expected_keys())
     try:
-        return RunResult(
-            out=out,
-            label=values["label"],
-            model=Path(values["model"]),
-            format=values["format"],
-            weights_bytes=values["weights_bytes"],
-            folder_bytes=values["folder_bytes"],
-            manifest_sha256=values.get("manifest_sha256"),
-            settings=settings,
-            answers=tuple(found[key] for key in expected),
-        )
-    except KeyError as error:
-        raise DataError(f"{path}: missing {error.args[0]}") from None
+        return read_object(RunResult, about, "run", out=out, settings=settings, answers=answers)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; evaluate again into another folder") from None
 
 
 def settings_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,20 +238,27 @@ def fingerprint(folder: Path) -> str:
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """Return what `ModelRun` says of a model's folder, by the names it has there."""
+    """Return what `ModelRun` says of a model's folder, by the names it has there.
+
+    Raises:
+        ConfigError: if config.json is missing, or does not say what the formats are.
+    """
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_model_json(path)
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ConfigError(
+            f"{path}: quantization_config: required an object, got {quantization!r:.60}"
+        )
     declared = quantization.get("quant_algo") or quantization.get("quant_method") or "BF16"
     if is_compressed_tensors(config):
         declared = declared_algorithm(quantization, path)
     manifest = folder / MANIFEST_NAME
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    weights = _name_weights(folder)
     return {
-        "format": declared,
-        "weights_bytes": sum(
-            size for path, size in sizes.items() if path.match("model*.safetensors")
-        ),
+        "format": str(declared),
+        "weights_bytes": sum(size for path, size in sizes.items() if path in weights),
         "folder_bytes": sum(sizes.values()),
         "manifest_sha256": hash_file(manifest) if manifest.is_file() else None,
     }
@@ -234,21 +272,31 @@ def read_answers(path: Path) -> Iterator[Answer]:
     """
     if not path.is_file():
         return
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    *lines, _ = text.split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            yield Answer(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise DataError(
-                f"{path}: line {number} is not an answer ({error}); remove the folder and run again"
-            ) from None
+            answer = read_object(Answer, json.loads(line), "answer")
+        except (ValueError, RecursionError, DataError) as error:
+            raise _no_answer(path, number, error) from None
+        if not answer.num_tokens:
+            raise _no_answer(path, number, "answer.num_tokens: required at least 1, got 0")
+        yield answer
+
+
+def _no_answer(path: Path, number: int, reason: object) -> DataError:
+    return DataError(
+        f"{path}: line {number} is not an answer ({reason}); remove the folder and run again"
+    )
 
 
 def read_settings(path: Path) -> Settings:
     """Read the settings in ``run.json``.
 
     Raises:
-        DataError: if the file is missing, does not parse, or has other keys than `Settings`.
+        DataError: if the file is missing, does not parse, or has other keys than `Settings`, or
+            values that no run has.
     """
     values = _read_json(path).get("settings")
     names = {setting.name for setting in fields(Settings)}
@@ -259,9 +307,54 @@ def read_settings(path: Path) -> Settings:
             f"{path}: settings must have exactly the keys {', '.join(sorted(names))}; "
             "evaluate again into another folder"
         )
-    return Settings(
-        **{**values, "suites": tuple(values["suites"]), "metrics": tuple(values["metrics"])}
-    )
+    try:
+        settings = read_object(Settings, values, "settings")
+        _check_settings(settings)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; evaluate again into another folder") from None
+    return settings
+
+
+def _check_settings(settings: Settings) -> None:
+    """Refuse settings of which no report can be made."""
+    suites, gate = settings.suites, settings.gate_suite
+    if not suites or len(set(suites)) < len(suites) or len(suites) != len(settings.metrics):
+        raise DataError(
+            f"settings: required different suites, each with a metric, got {len(suites)} suites "
+            f"and {len(settings.metrics)} metrics"
+        )
+    if not settings.num_items:
+        raise DataError("settings.num_items: required at least 1, got 0")
+    if gate is not None and (
+        gate not in suites or not 1 <= settings.gate_items <= settings.num_items
+    ):
+        raise DataError(
+            f"settings: required a gate_suite that is one of the suites, and gate_items from 1 to "
+            f"{settings.num_items}, got {gate!r:.60} and {settings.gate_items}"
+        )
+
+
+def _name_weights(folder: Path) -> set[Path]:
+    """Return the safetensors files of a model: those its index names, or model*.safetensors."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return set(folder.rglob("model*.safetensors"))
+    weight_map = _read_model_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(f"{index}: weight_map is missing or not an object; download it again")
+    return {folder / str(name) for name in weight_map.values()}
+
+
+def _read_model_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: required a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -271,7 +364,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not found; give a folder that nvvl evaluate has written"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: required a JSON object, got {type(values).__name__}")

@@ -17,7 +17,8 @@ from nvvl.calib_data.drawing import Split
 from nvvl.calib_data.items import Item, document_item
 from nvvl.errors import DataError
 from nvvl.reports.continuation import make_continuation, num_continuations
-from nvvl.reports.metrics import TOKEN_PROBABILITY, MetricName
+from nvvl.reports.metrics import TOKEN_PROBABILITY
+from nvvl.reports.run import MetricName
 
 # Documents drawn until one has a question of the wanted kind; most have several.
 _MAX_DRAWS = 64

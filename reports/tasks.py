@@ -26,6 +26,7 @@ from nvvl.reports.compare import (
     paired_ratios,
 )
 from nvvl.reports.harness_run import HarnessRun, ItemScores, Metric, Score, TaskResult
+from nvvl.reports.json_values import LARGEST
 
 
 def _perplexity(nats: FloatArray) -> FloatArray:
@@ -225,9 +226,10 @@ def _compare_task(entries: Mapping[str, _Entry], baseline: str) -> TaskCompariso
 def _score(entry: _Entry, key: str, baseline: _Entry | None) -> TaskScore:
     metric = entry.metrics[key]
     difference = None
-    if baseline is not None and metric.aggregation is not None:
+    aggregation = metric.aggregation
+    if baseline is not None and aggregation is not None and aggregation in AGGREGATIONS:
         difference = _compare_items(
-            metric.aggregation,
+            aggregation,
             [item.scores.get(key) for item in baseline.items],
             [item.scores.get(key) for item in entry.items],
         )
@@ -245,15 +247,21 @@ def _finite(value: float | None) -> float | None:
 def _compare_items(
     aggregation: str, before: Sequence[Score | None], after: Sequence[Score | None]
 ) -> TaskDifference | None:
-    """Compare scores item by item; None where an item has none, no weight, or no finite one."""
+    """Compare scores item by item; None where an item has none, no weight, or one beyond bounds."""
+    if not before:
+        return None
     baseline, values = _as_columns(before), _as_columns(after)
-    if not np.isfinite([baseline, values]).all() or (baseline[:, 1] <= 0).any():
+    is_small = np.abs([baseline, values]) <= LARGEST  # NaN is not
+    if not is_small.all() or (baseline[:, 1] <= 0).any():
         return None
     aggregate = AGGREGATIONS[aggregation]
     if aggregate is None:
         score = paired_difference(baseline[:, 0], values[:, 0])
     else:
-        score = paired_ratios(baseline[:, 0], values[:, 0], baseline[:, 1], aggregate)
+        with np.errstate(over="ignore", invalid="ignore"):  # a perplexity of a broken model
+            score = paired_ratios(baseline[:, 0], values[:, 0], baseline[:, 1], aggregate)
+        if not np.isfinite([score.estimate, score.low, score.high]).all():
+            return None
     difference = TaskDifference(score=score)
     if aggregate is not None or not {*before, *after} <= {0.0, 1.0}:
         return difference

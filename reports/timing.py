@@ -9,7 +9,6 @@ On a CPU quantized models compute in BF16 on decoded weights, so their speed say
 format; what a setting saves on one model can be read.
 """
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nvvl.cpu import cpu_name
 from nvvl.model.generate import generate
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.reports.curves import Speed, Spread
@@ -70,7 +70,7 @@ def describe_machine(device: str) -> str:
     """Name what the times were taken on."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 @torch.inference_mode()
@@ -96,14 +96,3 @@ def _time_answer(
 def _spread(values: Sequence[float]) -> Spread:
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
     return Spread(float(median), float(low), float(high), len(values))
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-    except OSError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 import nvvl
 from nvvl.cli import app, main, quantize_main
-from nvvl.quantize import walk as walk_module
+from nvvl.progress import Ticker
 
 
 def list_verbs(group: TyperGroup) -> Iterator[list[str]]:
@@ -107,7 +107,7 @@ def test_installed_commands_answer(command: str) -> None:
 @pytest.mark.parametrize("verb", ["quantize", "calib show", "calib stats"])
 def test_help_says_what_a_set_may_be_and_what_the_seed_decides(verb: str) -> None:
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*verb.split(), "--help").stdout).split())
-    assert "default, a built set, a folder of images, or a JSONL file" in shown
+    assert "`default`, a built set, a folder of images, or a JSONL file" in shown
     assert "Which items are generated, or which of your own are taken" in shown
 
 
@@ -236,16 +236,16 @@ def test_existing_output_is_kept_unless_told_otherwise(quantized: Path, source: 
 def test_interrupted_run_says_how_to_go_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tick = walk_module._Ticker.tick
+    tick = Ticker.tick
 
-    def interrupt(ticker: walk_module._Ticker) -> None:
+    def interrupt(ticker: Ticker) -> None:
         if ticker.stage == "mlp1":
             signal.raise_signal(signal.SIGINT)
         tick(ticker)
 
     arguments = ["quantize", "nvfp4-w4a16", source, tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(walk_module._Ticker, "tick", interrupt)
+        patch.setattr(Ticker, "tick", interrupt)
         result = run(*arguments)
     assert result.exit_code == 130
     assert "finishing this block" in result.stderr

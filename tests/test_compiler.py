@@ -66,6 +66,18 @@ def test_missing_compiler_is_reported(source: Path, monkeypatch: pytest.MonkeyPa
         load_library(source)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [("'", "CC: .* is no command .*; unset it"), (" ", "CC: required the command of a C compiler")],
+)
+def test_what_is_no_command_is_reported(
+    said: str, message: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", said)
+    with pytest.raises(HardwareError, match=message):
+        load_library(source)
+
+
 @needs_compiler
 def test_compiler_may_have_arguments(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "cc -Dunused=1")

@@ -29,6 +29,22 @@ def test_error_is_one_line_whatever_the_message(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "error: a.json: not valid at line 3\n"
 
 
+def test_nothing_is_printed_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("\x1b]0;title\x07shard\x9b2J of \u00e9 \x7f")
+    assert capsys.readouterr().err == "error: \ufffd]0;title\ufffdshard\ufffd2J of \u00e9 \ufffd\n"
+    stream = io.StringIO()
+    tokens = TokenStream(lambda ids: "a\tb\n\x1b[2J"[: len(ids)], stream)
+    tokens.show(list(range(8)))
+    tokens.end()
+    assert stream.getvalue() == "a\tb\n\ufffd[2J\n"
+
+
+def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress() as progress:
+        progress("[/red].weight", 1, 1)
+    assert "[/red].weight" in capsys.readouterr().err
+
+
 def test_json_keeps_letters_of_every_script(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"answer": "größe"})
     out = capsys.readouterr().out

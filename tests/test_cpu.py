@@ -47,3 +47,18 @@ def test_products_go_by_what_torch_may_use(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kept_to)
     monkeypatch.setattr(products, "bf16_speedup", lambda: speedup)
     assert products.has_fast_bf16.__wrapped__() is is_fast
+
+
+@pytest.mark.parametrize(
+    ("described", "name"),
+    [
+        ("x86_64\nmodel\t: 17\nmodel name\t: AMD EPYC 9R14\nvendor_id\t: x", "AMD EPYC 9R14"),
+        ("aarch64\nCPU part\t: 0xd4f", "a machine"),
+    ],
+)
+def test_name_is_that_of_the_model(
+    described: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "describe_cpu", lambda: described)
+    monkeypatch.setattr(platform, "machine", lambda: "a machine")
+    assert cpu.cpu_name() == name

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from nvvl.calib_data.built import SHEET, TABLE, read_manifest, read_rows
@@ -173,7 +175,7 @@ def test_a_bad_item_is_refused_unless_it_may_be_skipped(build: Build, tmp_path: 
     save_image(tmp_path / "images/a.png")
     (tmp_path / "images/b.png").write_bytes(b"no image")
     source = {"kind": "folder", "name": "mine", "path": "images"}
-    with pytest.raises(DataError, match=r"mine: .*b.png: not an image .* --skip-bad leaves"):
+    with pytest.raises(DataError, match=r"mine: .*b.png: not an image.* --skip-bad leaves"):
         build(source)
     manifest = build(source, skip_bad=True)
     (bad,) = manifest["sources"][0]["bad"]
@@ -335,6 +337,41 @@ def test_damage_is_found_when_the_set_is_used(build: Build, tmp_path: Path) -> N
     (out / "manifest.json").write_text('{"format": "another"}')
     with pytest.raises(DataError, match=r"manifest.json: required a nvvl calibration set of vers"):
         load_calibration_set(out, num_items=2)
+
+
+@pytest.mark.parametrize(
+    ("files", "table", "message"),
+    [
+        ({}, b"", "is not the table that manifest.json names"),
+        ([1], b"", "is not the table that manifest.json names"),
+        (None, b"junk", r"cannot be read \(.*; build the set again"),
+        (None, {}, "row 0: required id, sha256, domain, messages, images, videos as nv"),
+        (None, {"messages": ["x"]}, "row 0: required id, sha256, domain, messages, images, vid"),
+    ],
+)
+def test_table_that_is_something_else_is_named(
+    files: object, table: Any, message: str, build: Build, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    manifest = build({"kind": "documents", "count": 1, "kinds": ["line"]})
+    if isinstance(table, bytes):
+        (out / TABLE).write_bytes(table)
+    else:
+        (row,) = read_rows(out)
+        del row["messages"]
+        Dataset.from_list([row | table]).to_parquet(out / TABLE)
+    found = {TABLE: hashlib.sha256((out / TABLE).read_bytes()).hexdigest()}
+    values = {**manifest, "files": found if files is None else files}
+    (out / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"items\.parquet: {message}"):
+        load_calibration_set(out, num_items=1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{"])
+def test_manifest_that_is_no_json_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest\.json: not valid JSON"):
+        read_manifest(tmp_path)
 
 
 def test_a_spec_is_not_taken_for_a_set(tmp_path: Path) -> None:

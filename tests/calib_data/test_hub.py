@@ -1,5 +1,6 @@
 """Datasets read through ``datasets`` streaming: local files, and what goes wrong online."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -276,6 +277,30 @@ def test_a_broken_line_of_shards_is_one_bad_item_however_often_it_is_read(
     bad = build({**SHARDS, "count": 2}, skip_bad=True)["sources"][0]["bad"]
     assert [entry["id"] for entry in bad] == ["line 1", "c"]
     assert bad[1]["reason"].endswith("tables:2: KeyError('role')")
+
+
+def test_a_file_larger_than_any_image_is_refused_before_it_is_read(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, [conversation("a", "a.png")], {"a.png": bytes(1 << 20)})
+    (shard,) = (tmp_path / "set/tables/media").iterdir()
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert shard.stat().st_size < 1 << 14
+    monkeypatch.setattr("nvvl.calib_data.shards._MOST_BYTES", 1 << 19)
+    monkeypatch.delattr("tarfile.TarFile.extractfile")
+    with pytest.raises(
+        DataError, match=r"a\.png: required images of at most 524288 bytes, got 1048"
+    ):
+        build({**SHARDS, "count": 1})
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000])
+def test_a_line_of_shards_that_python_cannot_hold_is_named(
+    line: str, build: Build, tmp_path: Path
+) -> None:
+    write_shards(tmp_path, [line], {"a.png": png("red")})
+    with pytest.raises(DataError, match=r"s: dataset set tables:1: (Recursion|Value)Error"):
+        build({**SHARDS, "count": 1})
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, Exception, TimeoutError])

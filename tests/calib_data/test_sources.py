@@ -217,3 +217,20 @@ def test_file_that_is_no_jsonl_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
     with pytest.raises(DataError, match=r"latin.jsonl: required UTF-8"):
         jsonl_items(tmp_path / "latin.jsonl")
+
+
+def test_bad_lines_do_not_take_the_place_of_good_ones(tmp_path: Path) -> None:
+    good = [{"id": f"items:{number}", "messages": ASK} for number in (2, 3)]
+    path = write_lines(tmp_path, good[0], "{broken", "{broken", good[1])
+    sources = jsonl_items(path, keep_bad=True)
+    assert [source.item_id for source in sources] == ["items:2", "items:2", "items:3", "items:3"]
+    assert [sources[place].load().item_id for place in (0, 3)] == ["items:2", "items:3"]
+    for place, number in ((1, 2), (2, 3)):
+        with pytest.raises(DataError, match=rf"items\.jsonl:{number}: not valid JSON"):
+            sources[place].load()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000])
+def test_a_line_that_python_cannot_hold_is_named(tmp_path: Path, line: str) -> None:
+    with pytest.raises(DataError, match=r"items\.jsonl:1: not valid JSON"):
+        jsonl_items(write_lines(tmp_path, line))

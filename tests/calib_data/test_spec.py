@@ -78,6 +78,7 @@ def test_ready_specs_are_read_and_say_how_many(path: Path) -> None:
         ({"name": "a", "sources": [documents(split="test")]}, "split: required one of train"),
         ({"name": "a", "sources": [documents(name="x"), documents(name="x")]}, "x is the name of"),
         ({"name": "a", "sources": [{"kind": "text", "path": ".", "words": 1}]}, "at least 2"),
+        ({"name": "a", "sources": [{"kind": "text", "path": "a\0b"}]}, "text.path: .* without NUL"),
         (
             {"name": "a", "sources": [{"kind": "hub", "dataset": "d", "count": 1}]},
             "d: required one of text, messages, question and prompt",

@@ -88,6 +88,39 @@ def test_file_without_video_track_is_refused(tmp_path: Path) -> None:
         read_video(path)
 
 
+def test_metadata_that_is_no_utf_8_says_nothing(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", num_frames=4, fps=2)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"Lavf")] = 0xE9  # the name of the encoder, in Latin-1
+    path.write_bytes(data)
+    assert len(read_video(path).frames) == 4
+
+
+def test_whatever_pyav_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("unknown pixel format\nof a frame")
+
+    path = write_video(tmp_path / "a.mp4", num_frames=4, fps=2)
+    monkeypatch.setattr("av.open", fail)
+    with pytest.raises(DataError, match=r"a.mp4: the video cannot be decoded \(unknown pixel form"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("limit", ["_MOST_PIXELS", "MAX_IMAGE_PIXELS"])
+def test_frames_too_large_to_keep_are_refused_before_they_are_kept(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", num_frames=4, fps=2)
+    most = {"_MOST_PIXELS": 4 * 64 * 48, "MAX_IMAGE_PIXELS": 64 * 48}[limit]
+    monkeypatch.setattr(f"nvvl.calib_data.video_files.{limit}", most)
+    assert len(read_video(path).frames) == 4
+    monkeypatch.setattr(f"nvvl.calib_data.video_files.{limit}", most - 1)
+    monkeypatch.delattr("av.VideoFrame.to_image", raising=False)
+    message = r"a.mp4: 4 frames of 64 x 48 pixels .*; scale the video down first \(ffmpeg"
+    with pytest.raises(DataError, match=message):
+        read_video(path)
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent.mp4: no such video file"):
         read_video(tmp_path / "absent.mp4")

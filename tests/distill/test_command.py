@@ -12,6 +12,7 @@ from nvvl.distill.blockwise import BlockwiseResult, LayerResult
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.options import SET_HELP
 from nvvl.quantize.manifest import Manifest
+from nvvl.toml_tables import toml_lines
 
 
 def invoke(*arguments: object) -> Result:
@@ -49,7 +50,7 @@ def test_teacher_s_logits_need_no_recipe_to_be_named(
 @pytest.fixture
 def recipe_file(recipe: DistillRecipe, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml())
+    path.write_text("\n".join(toml_lines(recipe.to_dict())))
     return path
 
 

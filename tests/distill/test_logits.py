@@ -1,6 +1,7 @@
 """Logits computed before: what is kept, what they are refused for, and training against them."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 from nvvl.calib_data.manifest import CalibrationSet
-from nvvl.distill.logits import StoredLogits, logits_identity
+from nvvl.distill.logits import LogitsWriter, StoredLogits, logits_identity
 from nvvl.distill.precompute import precompute_logits
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.train import Execution, distill
-from nvvl.errors import CheckpointError, DataError, RecipeError
+from nvvl.errors import CheckpointError, DataError, OutputError, RecipeError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 
@@ -50,8 +51,8 @@ def test_kept_tokens_are_the_teacher_s(
     expected = output.logits[0, :-1][counted].float().log_softmax(-1)
 
     stored = open_logits(logits, tiny_checkpoint, recipe, items)
-    rows = stored.read([item.item_id], torch.device("cpu"))
-    found = torch.empty_like(expected).scatter(-1, rows.tokens, rows.log_probs)
+    kept = stored.read([item.item_id], torch.device("cpu"))
+    found = torch.empty_like(expected).scatter(-1, kept.tokens, kept.log_probs)
     # the model gives bfloat16 logits, stored ones are float32 products of its hidden states
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
 
@@ -110,6 +111,20 @@ def test_flipped_bit_is_found(
             open_logits(logits, tiny_checkpoint, recipe, items)
     finally:
         path.write_bytes(whole)
+
+
+def test_disk_that_fills_up_at_the_manifest_is_one_line(
+    items: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogitsWriter(tmp_path, {}, num_tokens=2)
+    writer.add(items.items[0], torch.ones(3, 4), torch.eye(4))
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match=r"manifest\.json: cannot be written \(No space left"):
+        writer.finish()
 
 
 def test_folder_of_something_else_is_refused(

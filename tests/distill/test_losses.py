@@ -9,13 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvvl.distill import losses
-from nvvl.distill.losses import BUFFERS, Rows, TopRows, chunk_rows, chunked_loss, take_top
+from nvvl.distill.losses import (
+    BUFFERS,
+    Positions,
+    TopPositions,
+    chunk_positions,
+    chunked_loss,
+    relative_error,
+    take_top,
+)
 from nvvl.distill.recipe import Loss
 
 KINDS: list[Loss] = ["kl", "mse", "ce"]
 
 
-def whole_loss(kind: Loss, student: Rows, teacher: Rows, targets: Tensor) -> Tensor:
+def whole_loss(kind: Loss, student: Positions, teacher: Positions, targets: Tensor) -> Tensor:
     logits = student.hidden.float() @ student.head.float().T
     others = (teacher.hidden.float() @ teacher.head.float().T).detach()
     if kind == "ce":
@@ -27,23 +35,23 @@ def whole_loss(kind: Loss, student: Rows, teacher: Rows, targets: Tensor) -> Ten
     )
 
 
-def make_rows(
-    num_rows: int, vocab_size: int, *, dtype: torch.dtype = torch.float32, size: int = 24
-) -> tuple[Rows, Rows, Tensor]:
+def make_positions(
+    num_positions: int, vocab_size: int, *, dtype: torch.dtype = torch.float32, size: int = 24
+) -> tuple[Positions, Positions, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(num_rows, size, generator=generator)
+    hidden = torch.randn(num_positions, size, generator=generator)
     head = torch.randn(vocab_size, size, generator=generator) / 3
-    other = hidden + 0.1 * torch.randn(num_rows, size, generator=generator)
-    targets = torch.randint(vocab_size, (num_rows,), generator=generator)
-    student = Rows(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_())
-    return student, Rows(other.to(dtype), head.detach().to(dtype)), targets
+    other = hidden + 0.1 * torch.randn(num_positions, size, generator=generator)
+    targets = torch.randint(vocab_size, (num_positions,), generator=generator)
+    student = Positions(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_())
+    return student, Positions(other.to(dtype), head.detach().to(dtype)), targets
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 5, 16, 17, 100])
-def test_chunked_equals_whole_in_value_and_gradient(kind: Loss, rows: int) -> None:
-    student, teacher, targets = make_rows(17, 61)
-    budget = BUFFERS * 4 * 61 * rows
+@pytest.mark.parametrize("at_once", [1, 5, 16, 17, 100])
+def test_chunked_equals_whole_in_value_and_gradient(kind: Loss, at_once: int) -> None:
+    student, teacher, targets = make_positions(17, 61)
+    budget = BUFFERS * 4 * 61 * at_once
 
     loss = chunked_loss(kind, student, teacher=teacher, targets=targets, chunk_bytes=budget)
     (3 * loss).backward()
@@ -60,14 +68,14 @@ def test_chunked_equals_whole_in_value_and_gradient(kind: Loss, rows: int) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_the_vocabulary_change_nothing(
+def test_slices_of_the_vocabulary_change_nothing(
     kind: Loss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, teacher, targets = make_rows(9, 61)
+    student, teacher, targets = make_positions(9, 61)
     before = chunked_loss(kind, student, teacher=teacher, targets=targets)
     (grad,) = torch.autograd.grad(before, student.hidden)
 
-    monkeypatch.setattr(losses, "BLOCK", 16)
+    monkeypatch.setattr(losses, "HEAD_ROWS", 16)
     after = chunked_loss(kind, student, teacher=teacher, targets=targets)
     (grad_after,) = torch.autograd.grad(after, student.hidden)
 
@@ -75,9 +83,9 @@ def test_blocks_of_the_vocabulary_change_nothing(
     torch.testing.assert_close(grad_after, grad, rtol=1e-6, atol=1e-6)
 
 
-def test_kl_of_equal_rows_is_zero_with_zero_gradient() -> None:
-    student, _, _ = make_rows(5, 61)
-    twin = Rows(student.hidden.detach(), student.head.detach())
+def test_kl_of_equal_positions_is_zero_with_zero_gradient() -> None:
+    student, _, _ = make_positions(5, 61)
+    twin = Positions(student.hidden.detach(), student.head.detach())
     loss = chunked_loss("kl", student, teacher=twin)
     loss.backward()
     assert student.hidden.grad is not None
@@ -85,8 +93,8 @@ def test_kl_of_equal_rows_is_zero_with_zero_gradient() -> None:
     assert not student.hidden.grad.any()
 
 
-def test_bfloat16_rows_get_float32_logits() -> None:
-    student, teacher, targets = make_rows(17, 61, dtype=torch.bfloat16)
+def test_bfloat16_positions_get_float32_logits() -> None:
+    student, teacher, targets = make_positions(17, 61, dtype=torch.bfloat16)
     loss = chunked_loss("kl", student, teacher=teacher, chunk_bytes=BUFFERS * 4 * 61 * 4)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(
@@ -95,13 +103,13 @@ def test_bfloat16_rows_get_float32_logits() -> None:
 
 
 def test_frozen_head_gets_no_gradient() -> None:
-    student, teacher, _ = make_rows(5, 61)
-    frozen = Rows(student.hidden, student.head.detach())
+    student, teacher, _ = make_positions(5, 61)
+    frozen = Positions(student.hidden, student.head.detach())
     chunked_loss("kl", frozen, teacher=teacher).backward()
     assert frozen.head.grad is None
 
 
-def grouped_kl(student: Rows, top: TopRows) -> Tensor:
+def grouped_kl(student: Positions, top: TopPositions) -> Tensor:
     """The KL of two distributions over the kept tokens and one class of all others."""
     log_probs = (student.hidden.float() @ student.head.float().T).log_softmax(-1)
     ours = log_probs.gather(-1, top.tokens)
@@ -113,7 +121,7 @@ def grouped_kl(student: Rows, top: TopRows) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 60])
 def test_top_tokens_give_the_kl_of_kept_tokens_and_tail(num_tokens: int) -> None:
-    student, teacher, _ = make_rows(17, 61)
+    student, teacher, _ = make_positions(17, 61)
     top = take_top(teacher.hidden @ teacher.head.T, num_tokens)
     budget = BUFFERS * 4 * 61 * 5
     loss = chunked_loss("kl", student, teacher=top, chunk_bytes=budget)
@@ -135,7 +143,7 @@ def test_tail_that_float32_cannot_hold_has_a_finite_gradient(lead: float, is_equ
     logits[1, 5] += lead
     theirs = logits if is_equal else logits + torch.linspace(0, 1, 64)
     top = take_top(theirs, 4)
-    student = Rows(logits.clone().requires_grad_(), torch.eye(64))
+    student = Positions(logits.clone().requires_grad_(), torch.eye(64))
     chunked_loss("kl", student, teacher=top).backward()
     exact = logits.double().requires_grad_()
     log_probs = exact.log_softmax(-1)
@@ -149,14 +157,14 @@ def test_tail_that_float32_cannot_hold_has_a_finite_gradient(lead: float, is_equ
     torch.testing.assert_close(student.hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_weight_of_a_row_is_not_rounded_to_bfloat16() -> None:
+def test_weight_of_a_position_is_not_rounded_to_bfloat16() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 32, generator=generator).bfloat16()
     head = torch.randn(50, 32, generator=generator).bfloat16()
-    teacher = Rows(torch.randn(64, 32, generator=generator).bfloat16(), head)
+    teacher = Positions(torch.randn(64, 32, generator=generator).bfloat16(), head)
     gradients = []
     for share in (1.0, 1 / 3):
-        student = Rows(hidden.clone().requires_grad_(), head)
+        student = Positions(hidden.clone().requires_grad_(), head)
         (share * chunked_loss("kl", student, teacher=teacher)).backward()
         assert student.hidden.grad is not None
         assert student.hidden.grad.dtype == torch.bfloat16
@@ -167,7 +175,7 @@ def test_weight_of_a_row_is_not_rounded_to_bfloat16() -> None:
 
 
 def test_all_tokens_kept_give_the_whole_kl() -> None:
-    student, teacher, targets = make_rows(9, 61)
+    student, teacher, targets = make_positions(9, 61)
     top = take_top(teacher.hidden @ teacher.head.T, 100)
     assert top.tokens.shape == (9, 61)
     assert torch.isneginf(top.log_tail).all()
@@ -181,7 +189,7 @@ def test_all_tokens_kept_give_the_whole_kl() -> None:
 
 
 def test_fewer_tokens_never_give_a_larger_kl() -> None:
-    student, teacher, _ = make_rows(17, 61)
+    student, teacher, _ = make_positions(17, 61)
     logits = teacher.hidden @ teacher.head.T
     losses = [
         float(chunked_loss("kl", student, teacher=take_top(logits, k)).detach())
@@ -195,33 +203,43 @@ def test_memory_follows_the_formula_and_not_vocabulary_times_tokens(
     kind: Loss, live_memory: Callable[[], Any]
 ) -> None:
     # 131,072 x 16,384 x 5,120 with every factor divided by 32; all logits would be 8 MiB a set
-    vocab_size, num_rows, size = 4096, 512, 160
-    student, teacher, targets = make_rows(num_rows, vocab_size, size=size, dtype=torch.bfloat16)
-    frozen = Rows(student.hidden, student.head.detach())
+    vocab_size, num_positions, size = 4096, 512, 160
+    student, teacher, targets = make_positions(
+        num_positions, vocab_size, size=size, dtype=torch.bfloat16
+    )
+    frozen = Positions(student.hidden, student.head.detach())
     chunk_bytes = 512 * 1024
     with live_memory() as memory:
         loss = chunked_loss(kind, frozen, teacher=teacher, targets=targets, chunk_bytes=chunk_bytes)
         loss.backward()
-    gradient, block = 4 * num_rows * size, 4 * size * vocab_size
-    # the gradient in FP32 and as handed on; rows of hidden states in FP32 are the small rest
-    assert memory.peak <= 2 * gradient + chunk_bytes + block + 2**16
-    assert memory.peak > block  # the counter does count
+    gradient, head = 4 * num_positions * size, 4 * size * vocab_size
+    # the gradient in FP32 and as handed on; hidden states in FP32 are the small rest
+    assert memory.peak <= 2 * gradient + chunk_bytes + head + 2**16
+    assert memory.peak > head  # the counter does count
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "chunk_bytes", "rows"), [(131_072, 512 * 2**20, 170), (1000, 1, 1)]
+    ("vocab_size", "chunk_bytes", "at_once"), [(131_072, 512 * 2**20, 170), (1000, 1, 1)]
 )
-def test_chunk_fits_its_budget(vocab_size: int, chunk_bytes: int, rows: int) -> None:
-    assert chunk_rows(vocab_size, chunk_bytes) == rows
+def test_chunk_fits_its_budget(vocab_size: int, chunk_bytes: int, at_once: int) -> None:
+    assert chunk_positions(vocab_size, chunk_bytes) == at_once
 
 
 def test_missing_or_misshapen_comparison_is_refused() -> None:
-    student, teacher, targets = make_rows(5, 61)
-    with pytest.raises(ValueError, match="kl needs 5 rows and a vocabulary of 61"):
+    student, teacher, targets = make_positions(5, 61)
+    with pytest.raises(ValueError, match="kl needs 5 positions and a vocabulary of 61"):
         chunked_loss("kl", student, targets=targets)
-    with pytest.raises(ValueError, match="mse needs 5 rows"):
-        chunked_loss("mse", student, teacher=Rows(teacher.hidden[:4], teacher.head))
+    with pytest.raises(ValueError, match="mse needs 5 positions"):
+        chunked_loss("mse", student, teacher=Positions(teacher.hidden[:4], teacher.head))
     with pytest.raises(ValueError, match=r"ce needs \(5,\) token ids"):
         chunked_loss("ce", student, teacher=teacher)
-    with pytest.raises(ValueError, match="at least one row"):
-        chunked_loss("ce", Rows(student.hidden[:0], student.head), targets=targets[:0])
+    with pytest.raises(ValueError, match="at least one position"):
+        chunked_loss("ce", Positions(student.hidden[:0], student.head), targets=targets[:0])
+
+
+def test_relative_error_is_of_the_target_and_in_float32() -> None:
+    target = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    error = relative_error((2 * target).requires_grad_(), target)
+    assert error.dtype == torch.float32
+    assert float(error.detach()) == 1
+    assert float(relative_error(target, target)) == 0

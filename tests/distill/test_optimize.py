@@ -17,9 +17,8 @@ from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.student import LOG_AMAX, Student
 from nvvl.model.processes import Processes
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
 from nvvl.quantize.load import read_recipe_formats
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import list_linears, quantized_only
 

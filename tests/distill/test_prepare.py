@@ -16,9 +16,8 @@ from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.student import Student
 from nvvl.model.processor import Message, Processor, Video
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
 from nvvl.quantize.load import read_recipe_formats
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import list_linears, quantized_only
 
@@ -71,7 +70,7 @@ def test_evs_drops_video_tokens_alone(
     prepared = Preparer(teacher, recipe, device=CPU)(batch)
     num_text = int((batch.inputs[0].input_ids != teacher.config.image_token_id).sum())
     assert prepared.embeds.shape[1] == prepared.packing.lengths[0] == num_text + kept
-    assert prepared.num_rows == batch.num_rows  # what counts is text
+    assert prepared.num_positions == batch.num_positions  # what counts is text
 
 
 def test_layer_loss_is_zero_for_equal_layers_and_relative() -> None:

@@ -22,6 +22,7 @@ from nvvl.distill.split import split_items
 from nvvl.distill.train import distill
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.processes import Processes
+from nvvl.toml_tables import toml_lines
 
 STEPS = 4
 
@@ -72,7 +73,7 @@ def test_two_processes_give_the_losses_of_one(
     alone: Path,
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "recipe.toml").write_text(short.to_toml())
+    (tmp_path / "recipe.toml").write_text("\n".join(toml_lines(short.to_dict())))
     out = tmp_path / "out"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nvvl"]
     arguments = ["distill", run, "--teacher", tiny_checkpoint, "-o", out, "--data", item_folder]
@@ -116,9 +117,9 @@ def errors(
     folder = tmp_path_factory.mktemp("errors")
     values = recipe.to_dict() | {"loss_tokens": "answers", "items_per_step": 2, "num_steps": 3}
     answers = DistillRecipe.from_dict(values)
-    (folder / "answers.toml").write_text(answers.to_toml())
+    (folder / "answers.toml").write_text("\n".join(toml_lines(answers.to_dict())))
     wild = DistillRecipe.from_dict(values | {"learning_rate": 0.9, "num_steps": 5})
-    (folder / "wild.toml").write_text(wild.to_toml())
+    (folder / "wild.toml").write_text("\n".join(toml_lines(wild.to_dict())))
     training, held_out = split_items(9, answers, seed=0)
     for name, index in (("training", training[0]), ("held-out", held_out[0])):
         drop_answer(Path(shutil.copytree(item_folder, folder / name)), index)

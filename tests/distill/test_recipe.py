@@ -22,13 +22,6 @@ def test_every_file_is_a_preset() -> None:
     assert {path.stem for path in RECIPES.glob("*.toml")} == set(PRESETS)
 
 
-def test_recipe_survives_toml(tmp_path: Path) -> None:
-    recipe = DistillRecipe(name="mine", learning_rate=3e-6, trainable=("norms",), loss="mse")
-    path = tmp_path / "mine.toml"
-    path.write_text(recipe.to_toml())
-    assert load_distill_recipe(path) == recipe
-
-
 def test_full_size_default_is_the_published_rate() -> None:
     recipe = load_distill_recipe("qad_nvfp4")
     assert (recipe.learning_rate, recipe.safe_learning_rate) == (2e-6, 1e-5)

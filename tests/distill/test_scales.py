@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvvl.distill.scales import fake_quantize
+from nvvl.distill.scales import fake_quantize, round_weight
 from nvvl.quantize import fp8, nvfp4
+from nvvl.quantize.amaxes import Amax
+from nvvl.quantize.pack import pack_linear
 from nvvl.quantize.recipe import Format
 
 
@@ -74,3 +76,19 @@ def test_gradient_of_x_passes_straight_through() -> None:
     (5 * fake_quantize(x, torch.tensor(1e-4), "nvfp4")).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full_like(x, 5))
+
+
+@pytest.mark.parametrize("linear_format", ["fp8", "nvfp4", "nvfp4-w4a16"])
+def test_rounded_weight_is_what_is_packed(linear_format: Format) -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    amax = 1.5 * weight.abs().amax().float()  # as of q, k and v together
+    packed = pack_linear(weight, linear_format, Amax(amax))
+    if linear_format == "fp8":
+        expected = fp8.dequantize(packed["weight"], packed["weight_scale"])
+    else:
+        codes, block_scale = packed["weight"], packed["weight_scale"]
+        expected = nvfp4.dequantize(codes, block_scale, packed["weight_scale_2"])
+    rounded = round_weight(weight, linear_format, amax)
+    assert torch.equal(rounded, expected)
+    halves = [round_weight(half, linear_format, amax) for half in weight.split(4)]
+    assert torch.equal(torch.cat(halves), rounded)

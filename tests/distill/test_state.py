@@ -208,7 +208,7 @@ def test_discard_leaves_what_is_not_its_own(tmp_path: Path) -> None:
 
 def test_full_disk_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("nvvl.distill.state.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="needs 420 bytes, the disk has 10 free"):
         StateFolder(tmp_path / "s", IDENTITY).open(size_bytes=420, overwrite=False)
 

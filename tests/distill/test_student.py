@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.student import Student
 from nvvl.model.load import load_model
 from nvvl.model.vlm import NemotronNanoVL
-from nvvl.quantize.layout import CALIBRATION_NAME
+from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
 from nvvl.quantize.load import fake_quant_model, load_any, read_recipe_formats
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.side_files import RECIPE_NAME
 from nvvl.quantize.targets import list_linears, quantized_only
@@ -141,6 +141,17 @@ def test_layers_that_are_taken_compute_the_same(
     with torch.no_grad():
         assert torch.equal(taken.backbone(embeds)[0], student.backbone(embeds)[0])
     assert len(teacher.language_model.backbone.layers) == 0
+
+
+def test_student_of_one_process_joins_no_others(
+    make_student: MakeStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(**_: object) -> None:
+        raise AssertionError("joined")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "Accelerator", join)
+    make_student().refresh()
 
 
 def test_recomputed_activations_give_the_same_gradients(

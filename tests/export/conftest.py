@@ -150,7 +150,8 @@ def write_quantized(source: Path, folder: Path, scheme: str) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(calibration, folder / "calibration.amax")
     hf_config = hf_quant_config(config, formats)
-    (folder / "recipe.json").write_text(json.dumps({"recipe": {}, "formats": formats}))
+    recipe = {"name": scheme, "rules": [{"target": "*", "format": "fp8"}]}
+    (folder / "recipe.json").write_text(json.dumps({"recipe": recipe, "formats": formats}))
     (folder / "hf_quant_config.json").write_text(json.dumps(hf_config))
     values = {**config.raw, "quantization_config": quantization_config(hf_config)}
     (folder / "config.json").write_text(json.dumps(values))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from nvvl.cli import app
 from nvvl.errors import EngineError, HardwareError
 from nvvl.export import onnx_extra
-from nvvl.export.answer import Answer, TorchBackend, answer, prune
+from nvvl.export.answer import Answer, TorchBackend, answer
 from nvvl.export.backends import open_backend
 from nvvl.export.graph_backend import GraphBackend
 from nvvl.export.onnx_backend import open_graphs
@@ -148,14 +148,9 @@ def test_evs_drops_the_tokens_that_repeat(
     processor: Processor, model: NemotronNanoVL, prompts: dict[str, ModelInputs]
 ) -> None:
     inputs = prompts["image and video"]
-    features = model.encode_images(inputs.pixel_values)
-    ids, rows = prune(processor.config, inputs, features, 0.5)
-    per_tile = processor.config.tokens_per_tile
-    assert len(inputs.input_ids) - len(ids) == 2 * per_tile  # half of four frames
-    num_images = int((ids == processor.config.image_token_id).sum())
-    assert len(rows) == num_images
-    still = per_tile * inputs.tiles_per_image[0]
-    assert torch.equal(rows[: still + per_tile], features.flatten(0, 1)[: still + per_tile])
+    pruned = run(TorchBackend(model), processor, inputs, pruning_rate=0.5)
+    half_of_four_frames = 2 * processor.config.tokens_per_tile
+    assert pruned.prompt_tokens == len(inputs.input_ids) - half_of_four_frames
 
 
 def test_answer_ends_at_the_stop_token_and_streams(

@@ -202,7 +202,7 @@ def test_full_disk_is_refused(
     graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("nvvl.export.engine.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match=r"engines need about .* bytes, the disk has 1000 free"):
         build_engines(graphs, tmp_path / "engines", BLACKWELL)
 
@@ -213,6 +213,21 @@ def test_altered_graph_folder_is_refused(graphs: Path, tmp_path: Path, name: str
     data[-2] ^= 32
     (graphs / name).write_bytes(data)
     with pytest.raises(EngineError, match=f"{name}: changed or lost since|not an io.json"):
+        build_engines(graphs, tmp_path / "engines", BLACKWELL)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": [], "checkpoint": {}}', '{"files": {}, "checkpoint": {}}']
+)
+def test_manifest_of_something_else_is_refused(graphs: Path, tmp_path: Path, text: str) -> None:
+    (graphs / "manifest.json").write_text(text)
+    with pytest.raises(EngineError, match=r"manifest\.json: .*export again"):
+        build_engines(graphs, tmp_path / "engines", BLACKWELL)
+
+
+def test_lost_manifest_is_refused(graphs: Path, tmp_path: Path) -> None:
+    (graphs / "manifest.json").unlink()
+    with pytest.raises(EngineError, match=r"manifest\.json: cannot be read .*export again"):
         build_engines(graphs, tmp_path / "engines", BLACKWELL)
 
 

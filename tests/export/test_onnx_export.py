@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_same_checkpoint_gives_the_same_bytes(
     export_onnx(written("mixed"), again, SMALL, command=["nvvl", "export"])
     for path in exported.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_full_disk_is_refused_and_leaves_nothing(
+    written: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"graphs need about \d+ bytes, the disk has 1000 free"):
+        export_onnx(written("mixed"), tmp_path / "graphs", SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_altered_weight_is_refused_and_leaves_nothing(copy_of: Folders, tmp_path: Path) -> None:

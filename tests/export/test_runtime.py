@@ -9,9 +9,10 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from nvvl.export.graph_runner import GraphRunner
 from nvvl.export.onnx_export import export_onnx
 from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
-from nvvl.export.runtime import EngineRunner
+from nvvl.export.runtime import Engine, EngineRunner
 from nvvl.model.hashing import hash_file
 from nvvl.model.processor import Message, Processor
 
@@ -45,6 +46,18 @@ RECIPES = {
 }
 
 Folders = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stand-in run on the CPU: one stream, and a graph that launches each time."""
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def capture(engine: Engine, tensors: Mapping[str, Tensor]) -> SimpleNamespace:
+        return SimpleNamespace(replay=functools.partial(engine._launch, tensors))
+
+    monkeypatch.setattr(Engine, "_capture", capture)
 
 
 @pytest.fixture(scope="module")

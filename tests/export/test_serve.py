@@ -162,7 +162,7 @@ def test_code_that_the_config_names_must_be_in_the_folder(
     (folder / "code.py").write_text("")
     refused = plan(folder, name)
     assert not refused.passed
-    assert any(line.startswith("fails C14: ") and lost in line for line in refused.lines())
+    assert any(line.startswith("FAILS C14 (") and lost in line for line in refused.lines())
     assert not any("trust" in command for command in refused.commands)
     (folder / lost).write_text("")
     served = plan(folder, name)
@@ -195,7 +195,7 @@ def test_broken_rule_is_named_and_fails(copy_of: Callable[[str], Path]) -> None:
     folder = change_config(as_released(copy_of("fp8")), ps_version=None)
     broken = plan(folder, "sglang")
     assert not broken.passed
-    assert any(line.startswith("fails C5: ") for line in broken.lines())
+    assert any(line.startswith("FAILS C5 (") for line in broken.lines())
 
 
 def test_only_rules_of_the_server_are_listed(written: Callable[[str], Path]) -> None:

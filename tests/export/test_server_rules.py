@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nvvl.errors import CheckpointError
 from nvvl.export.checks import Check
 from nvvl.export.server_rules import SERVER_RULES, check_server_rules
 from nvvl.export.view import CheckpointView, TensorHeader
@@ -480,6 +481,12 @@ def test_code_of_a_planned_checkpoint_reads_not_checked(make_view: ViewFactory) 
     (code,) = (check for check in check_server_rules(view) if check.rule == "C14")
     assert code.passed is None
     assert code.servers == ("vLLM", "TensorRT-LLM")
+
+
+def test_code_that_is_named_in_no_object_is_refused(make_view: ViewFactory) -> None:
+    view = with_config(make_view(), auto_map="configuration.Config")
+    with pytest.raises(CheckpointError, match="auto_map: required an object, got 'configuration"):
+        check_server_rules(view)
 
 
 def test_weight_only_is_known_to_both_servers(make_view: ViewFactory) -> None:

@@ -113,6 +113,21 @@ def test_missing_top_level_key_is_named(key: str, make_config: Callable[..., Con
         ({"chunk_size": 0}, "llm_config.chunk_size: required a positive integer, got 0"),
         ({"time_step_limit": None}, "llm_config.time_step_limit: required 2 numbers, got None"),
         ({"time_step_limit": [0, "x"]}, r"time_step_limit: required 2 numbers, got \[0, 'x'\]"),
+        ({"time_step_limit": [math.nan] * 2}, "time_step_limit: required a finite number and one"),
+        ({"time_step_limit": [5, 1]}, r"that is no less, got \[5, 1\]"),
+        ({"time_step_limit": [math.inf] * 2}, "time_step_limit: required a finite number and one"),
+        ({"time_step_limit": [0, 10**400]}, "required 2 numbers that a float can hold"),
+        ({"layer_norm_epsilon": math.inf}, "epsilon: required a positive number of at most 1"),
+        ({"layer_norm_epsilon": 0}, "epsilon: required a positive number of at most 1, got 0"),
+        ({"layer_norm_epsilon": True}, "epsilon: required a positive number of at most 1"),
+        ({"vocab_size": 10**30}, "llm_config.vocab_size: required at most 16777216, got 10000"),
+        ({"hidden_size": 10**12}, "llm_config.hidden_size: required at most 16777216, got 1000"),
+        ({"use_conv_bias": "false"}, "use_conv_bias: required true or false, got 'false'"),
+        ({"attention_bias": "false"}, "attention_bias: required true or false, got 'false'"),
+        ({"pad_token_id": "x"}, "pad_token_id: required a token id below the vocab_size of"),
+        ({"pad_token_id": 10**6}, "pad_token_id: required a token id below the vocab_size of"),
+        ({"hybrid_override_pattern": ""}, "required 1 to 1024 layers, got 0"),
+        ({"hybrid_override_pattern": "M" * 1025}, "required 1 to 1024 layers, got 1025"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
         ({"n_groups": 3}, "mamba_num_heads 4 is not a multiple of n_groups 3"),
         ({"attention_bias": True}, "attention_bias: only false is supported"),
@@ -148,7 +163,22 @@ def test_missing_language_key_is_named(key: str, make_config: Callable[..., Conf
         ({"force_image_size": 40}, "force_image_size: 40 is not a multiple"),
         ({"norm_mean": [0.5]}, r"norm_mean: required 3 numbers, got \[0\.5\]"),
         ({"norm_std": None}, "norm_std: required 3 numbers, got None"),
-        ({"downsample_ratio": 0}, "downsample_ratio: required a number above 0 .*, got 0"),
+        ({"downsample_ratio": 0}, r"downsample_ratio: required a number from 0\.01 to 1, got 0"),
+        ({"downsample_ratio": 5e-324}, r"downsample_ratio: required a number from 0\.01 to 1"),
+        ({"norm_mean": [math.nan] * 3}, "norm_mean: required 3 numbers from -1e.06 to 1e.06, got"),
+        ({"norm_mean": [10**400] * 3}, "norm_mean: required 3 numbers that a float can hold, got"),
+        ({"norm_std": [0, 0, 0]}, r"norm_std: required 3 numbers from 1e-06 .*, got \[0, 0, 0\]"),
+        ({"norm_std": [1, math.inf, 1]}, "norm_std: required 3 numbers from 1e-06"),
+        ({"norm_std": [True, 1, 1]}, "norm_std: required 3 numbers, got"),
+        ({"use_thumbnail": "false"}, "use_thumbnail: required true or false, got 'false'"),
+        ({"max_num_tiles": 300_000}, "max_num_tiles: required at most 1024, got 300000"),
+        ({"force_image_size": 16 * 10**30}, "force_image_size: required at most 8192, got 160"),
+        ({"img_context_token_id": 764.0}, "img_context_token_id: required a token id below"),
+        ({"img_context_token_id": None}, "img_context_token_id: required a token id, got null"),
+        ({"img_context_token": 3}, "img_context_token: required the text of a token, got 3"),
+        ({"img_start_token": ""}, "img_start_token: required the text of a token, got ''"),
+        ({"quantization_config": "x"}, "quantization_config: required a JSON object, got str"),
+        ({"auto_map": "x"}, "auto_map: required a JSON object, got str"),
         ({"downsample_ratio": "0.5"}, "downsample_ratio: required a number .*, got '0.5'"),
         ({"max_num_tiles": 0}, "max_num_tiles: required a positive integer, got 0"),
         ({"force_image_size": None}, "force_image_size: required a positive integer, got None"),
@@ -157,6 +187,9 @@ def test_missing_language_key_is_named(key: str, make_config: Callable[..., Conf
         ({"vision_args": {"hidden_size": None, "model": "vit_odd"}}, "'vit_odd' is not one of"),
         ({"vision_args": {"model": ["vit"]}}, r"args.model: required a name, got \['vit'\]"),
         ({"vision_args": {"teachers": "clip"}}, "args.teachers: required a list of objects"),
+        ({"vision_args": {"teachers": [{"name": []}]}}, r"teachers: required names as text, got "),
+        ({"vision_args": {"cls_token_per_teacher": "no"}}, "cls_token_per_teacher: required true"),
+        ({"vision_args": {"num_hidden_layers": 2000}}, "num_hidden_layers: required at most 1024"),
         ({"vision_args": {"register_multiple": "8"}}, "register_multiple: required a count"),
         ({"architectures": 3}, "architectures: required a list, got 3"),
         ({"language": {"layer_norm_epsilon": "1e-5"}}, "epsilon: required a positive number"),
@@ -174,6 +207,11 @@ def test_contradictory_config_is_refused(
 def test_several_tokens_may_end_an_answer(make_config: Callable[..., Config]) -> None:
     config = VLMConfig.from_dict(make_config(language={"eos_token_id": [2, 12]}))
     assert config.language.eos_token_ids == (2, 12)
+
+
+def test_tokens_may_be_null_where_there_is_a_usual_one(make_config: Callable[..., Config]) -> None:
+    config = VLMConfig.from_dict(make_config(video_context_token=None, quantization_config=None))
+    assert config.video_token == "<video>"
 
 
 def test_teachers_may_be_null(make_config: Callable[..., Config]) -> None:
@@ -205,7 +243,13 @@ def test_layer_count_must_fit_the_pattern(make_config: Callable[..., Config]) ->
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "required a JSON object, got list"), (b"\xff", "not valid")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "required a JSON object, got list"),
+        (b"\xff", "not valid"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+    ],
 )
 def test_unreadable_file_is_named(text: str | bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"

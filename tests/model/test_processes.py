@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nvvl.errors import HardwareError
 from nvvl.model import processes
+from nvvl.model.processes import Processes
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,13 @@ def test_a_process_that_failed_never_waits_for_the_other_gpus(
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     processes._leave()
     assert bool(left) == leaves
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_number_of_processes_that_is_none_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(HardwareError, match=f"^{name}: required a number of processes.* 'abc'"):
+        Processes("cuda")

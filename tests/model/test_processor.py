@@ -15,7 +15,7 @@ from nvvl.model.config import VLMConfig
 from nvvl.model.processor import Batch, Message, ModelInputs, Processor, Video, collate
 from nvvl.model.prompt import render_prompt
 from nvvl.model.tiling import normalize, split_image
-from nvvl.model.video import evs_retention_mask, prune_video_tokens
+from nvvl.model.video import evs_retention_mask, prune_prompt, prune_video_tokens
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]
 IMAGE_TOKENS = ["<image>", "<img>", "</img>"]
@@ -223,14 +223,43 @@ def test_pruned_prompt_keeps_tags_and_matches_its_features(
     assert inputs.video_mask is not None
     features = torch.randn(4 * TOKENS_PER_TILE, 8, generator=torch.Generator().manual_seed(0))
     mask = evs_retention_mask(features[TOKENS_PER_TILE:].reshape(3, 2, 2, 8), 0.5)
-    kept = prune_video_tokens(inputs.video_mask, [mask])
+    kept, pruned_features = prune_prompt(config, inputs, features, 0.5)
+    assert torch.equal(kept, prune_video_tokens(inputs.video_mask, [mask]))
     ids = inputs.input_ids
-    pruned_features = features[kept[ids == config.image_token_id]]
+    assert torch.equal(pruned_features, features[kept[ids == config.image_token_id]])
     assert int((ids[kept] == config.image_token_id).sum()) == len(pruned_features) == 4 + 6
     assert torch.equal(pruned_features[:8], features[:8])  # the image and the first frame
     assert torch.equal(
         ids[kept][ids[kept] != config.image_token_id], ids[ids != config.image_token_id]
     )
+
+
+def test_each_video_of_a_prompt_is_pruned_alone(processor: Processor, config: VLMConfig) -> None:
+    video = Video(frames=[noise(32, 32)] * 3, fps=1.0, frame_indices=(0, 1, 2))
+    inputs = processor([Message("user", "<video><video>")], videos=[video, video])
+    features = torch.ones(6 * TOKENS_PER_TILE, 8)
+    _, left = prune_prompt(config, inputs, features, 0.75)
+    assert len(left) == 2 * TOKENS_PER_TILE  # the first frame of each
+    with pytest.raises(ValueError, match="0 <= rate < 1"):
+        prune_prompt(config, inputs, features, 1.0)
+
+
+@pytest.mark.parametrize(("text", "rate"), [("<image>", 0.5), ("<video>", 0.0), ("hello", 0.5)])
+def test_prompt_stays_whole_without_videos_or_rate(
+    processor: Processor, config: VLMConfig, text: str, rate: float
+) -> None:
+    video = Video(frames=[noise(32, 32)] * 2, fps=1.0, frame_indices=(0, 1))
+    inputs = processor(
+        [Message("user", text)],
+        images=[noise(32, 32)] * text.count("<image>"),
+        videos=[video] * text.count("<video>"),
+    )
+    features = torch.zeros(len(inputs.pixel_values) * TOKENS_PER_TILE, 8)
+    kept, left = prune_prompt(config, inputs, features, rate)
+    assert kept.shape == inputs.input_ids.shape
+    assert kept.dtype == torch.bool
+    assert kept.all()
+    assert left is features
 
 
 @pytest.mark.parametrize(
@@ -346,6 +375,55 @@ def test_bos_that_cannot_be_written_is_refused(tmp_path: Path, bos: object, mess
         Processor.from_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"chat_template": [{}]}',
+        '{"chat_template": [1]}',
+        '{"chat_template": [{"name": "default"}]}',
+        '{"chat_template": ' + "[" * 100_000,
+    ],
+)
+def test_chat_templates_without_names_or_texts_are_refused(tmp_path: Path, text: str) -> None:
+    folder = template_folder(tmp_path, where="one", bos="<s>")
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
+        Processor.from_folder(folder)
+
+
+def test_an_id_beyond_the_embeddings_is_refused_whatever_the_count() -> None:
+    values = json.loads(make_tokenizer(IMAGE_TOKENS).to_str())
+    values["model"]["vocab"]["h"] = 50_000
+    config = VLMConfig.from_dict(CONFIG)
+    with pytest.raises(ConfigError, match=r"'h' has id 50000, but llm_config\.vocab_size is 416"):
+        Processor(config, Tokenizer.from_str(json.dumps(values)))
+
+
+class PanicException(BaseException):
+    """What Rust's panics are in Python; the libraries do not export it."""
+
+
+class Panicking:
+    def encode(self, *_: object, **__: object) -> None:
+        raise PanicException("index out of bounds\nstack backtrace:")
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_one_line(processor: Processor) -> None:
+    values = json.loads(processor.tokenizer.to_str())
+    known = {"[": 0}
+    values["model"] = {"type": "WordLevel", "vocab": known, "unk_token": "[NOUNK]"}
+    without_unknown = Tokenizer.from_str(json.dumps(values | {"pre_tokenizer": None}))
+    tokenizer: Any
+    for tokenizer, reason in (
+        (without_unknown, r"WordLevel error: Missing \[UNK\] token"),
+        (Panicking(), r"index out of bounds\)"),
+    ):
+        broken = Processor(processor.config, processor.tokenizer)
+        broken.tokenizer = tokenizer
+        with pytest.raises(ConfigError, match=rf"cannot encode .*\({reason}.*; copy the file"):
+            broken([Message("user", "hello")])
+
+
 def test_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ConfigError, match=r"tokenizer\.json: not found"):
@@ -361,7 +439,11 @@ def test_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
         (["<image>"], {}, "<img>, </img> must each be one special token"),
         (["<img>", "<image>", "</img>"], {}, "<image> has id 401, .* img_context_token_id 400"),
         (IMAGE_TOKENS, {"eos_token_id": 2}, "<SPECIAL_12> has id 5, .*eos_token_id 2"),
-        (IMAGE_TOKENS, {"vocab_size": 402}, "403 entries, but llm_config.vocab_size is 402"),
+        (
+            IMAGE_TOKENS,
+            {"vocab_size": 402},
+            "'</img>' has id 402, but llm_config.vocab_size is 402",
+        ),
     ],
 )
 def test_tokenizer_of_another_model_is_refused(

@@ -1,3 +1,4 @@
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from torch.nn import functional
 
 from nvvl.errors import DataError
@@ -230,8 +231,36 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match=r"text\.png: not an image"):
         open_image(tmp_path / "text.png")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a file; required an image"):
         open_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png: not a file; required an image"):
+        open_image(tmp_path / "pipe.png")
+
+
+def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {started}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # else what an earlier test found
+    (tmp_path / "photo.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match=r"photo\.png: not an image; required one of AVIF, BMP"):
+        open_image(tmp_path / "photo.png")
+    assert not started.exists()
+
+
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path: Path) -> None:
+    noise(64, 64).convert("RGB").save(tmp_path / "a.avif")
+    data = bytearray((tmp_path / "a.avif").read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 40] = bytes(40)
+    (tmp_path / "a.avif").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.avif: the image cannot be read \("):
+        open_image(tmp_path / "a.avif")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp"])

@@ -16,7 +16,7 @@ from nvvl.model.processor import Processor
 from nvvl.quantize import activations as activations_module
 from nvvl.quantize import walk as walk_module
 from nvvl.quantize.activations import Activations
-from nvvl.quantize.estimate import Limits
+from nvvl.quantize.limits import Limits
 from nvvl.quantize.presets import nvfp4
 from nvvl.quantize.walk import quantize_checkpoint
 

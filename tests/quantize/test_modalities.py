@@ -19,9 +19,9 @@ from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.quantize import activations as activations_module
 from nvvl.quantize import fp8, nvfp4
-from nvvl.quantize.estimate import Limits
+from nvvl.quantize.amaxes import read_amaxes
+from nvvl.quantize.limits import Limits
 from nvvl.quantize.modalities import CANDIDATES, LayerInputs
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.presets import PRESETS
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe, Rule
 from nvvl.quantize.spill import SpillWriter

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nvvl.errors import CalibrationError
-from nvvl.quantize.pack import Amax, require_usable
+from nvvl.quantize.amaxes import Amax
+from nvvl.quantize.pack import require_usable
 
 ONE = torch.tensor(1.0)
 

@@ -33,11 +33,12 @@ from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
+from nvvl.quantize.amaxes import Amax, read_amaxes
 from nvvl.quantize.backend import register
 from nvvl.quantize.declared import open_checkpoint, read_formats
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.load import load_any
-from nvvl.quantize.pack import Amax, pack_linear, read_amaxes
+from nvvl.quantize.pack import pack_linear
 from nvvl.quantize.recipe import Format
 from nvvl.quantize.targets import list_linears
 from nvvl.reports.evaluate import Candidate, Options, evaluate

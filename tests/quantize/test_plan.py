@@ -15,20 +15,14 @@ from nvvl.cli import app
 from nvvl.errors import CheckpointError, HardwareError, RecipeError
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.quantize import estimate as estimate_module
-from nvvl.quantize.estimate import (
-    Estimate,
-    Limits,
-    Rates,
-    choose_limits,
-    default_limits,
-    estimate_run,
-    measure_rates,
-    parse_memory,
-)
-from nvvl.quantize.plan import Plan, make_plan, read_source
+from nvvl.quantize import limits as limits_module
+from nvvl.quantize.estimate import Estimate, Rates, estimate_run, measure_rates
+from nvvl.quantize.limits import Limits, choose_limits, default_limits, parse_memory
+from nvvl.quantize.plan import Plan, make_plan
 from nvvl.quantize.plan_text import plan_lines
 from nvvl.quantize.presets import PRESETS, fp8, mixed, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
+from nvvl.quantize.source import read_source
 from nvvl.quantize.targets import assign_formats, list_linears
 from nvvl.quantize.walk import quantize_checkpoint
 
@@ -235,8 +229,8 @@ def test_plan_says_what_memory_and_disk_allow(tiny_checkpoint: Path) -> None:
     text = "\n".join(plan_lines(replace(plan, free_bytes=plan.disk_bytes - 7), limits))
     assert "within --memory: " in text
     assert "reading and writing between the blocks" in text
-    assert ": 7 bytes TOO FEW" in text
-    assert "TOO FEW" not in "\n".join(plan_lines(replace(plan, free_bytes=plan.disk_bytes)))
+    assert ": 7 bytes short" in text
+    assert " short" not in "\n".join(plan_lines(replace(plan, free_bytes=plan.disk_bytes)))
 
 
 def test_time_follows_the_rates_of_the_machine(config_12b: Path) -> None:
@@ -280,7 +274,7 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 
 
 def test_processes_of_a_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "free_memory", lambda: 12 * GIB)
+    monkeypatch.setattr(limits_module, "free_memory", lambda: 12 * GIB)
     assert default_limits() == Limits(activation_bytes=6 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert default_limits() == Limits(activation_bytes=2 * GIB)

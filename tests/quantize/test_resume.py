@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import nvvl
+from nvvl import cpu
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.errors import CalibrationError, OutputError, SourceError
@@ -338,7 +339,7 @@ def test_changed_input_is_refused_with_what_differs(
     elif change == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     elif change == "processor model":
-        monkeypatch.setattr(journal_module, "describe_cpu", lambda: "model name\t: Other CPU")
+        monkeypatch.setattr(cpu, "describe_cpu", lambda: "model name\t: Other CPU")
     else:
         name = {"weights": "model.safetensors", "tokenizer": "tokenizer_config.json"}[change]
         if change == "weights":

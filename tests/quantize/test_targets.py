@@ -1,5 +1,7 @@
 """Which linears exist, which format each gets, and what layout and server configs follow."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +21,7 @@ from nvvl.quantize.recipe import Format, Recipe, Rule
 from nvvl.quantize.server_config import exclude_patterns, hf_quant_config, quantization_config
 from nvvl.quantize.targets import assign_formats, list_linears
 
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = "language_model.backbone.layers"
 PATTERN = "M-M*-M-" * 2  # layers 1 and 10 to 13 exist, so a careless pattern would hit too much
 
@@ -44,6 +47,23 @@ def test_linears_are_those_of_the_language_model(tiny_config: VLMConfig) -> None
         if isinstance(module, nn.Linear) and ".layers." in name
     }
     assert list_linears(tiny_config) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "sha256"),
+    [
+        ("model/embedded/config.json", 28, "7f60d0f4880a7539"),
+        ("benchmarks/config-tiny.json", 16, "c699c5e941e6faa9"),
+        ("benchmarks/config-1b.json", 54, "5862e42304aec6e9"),
+        ("benchmarks/config-12b.json", 136, "aa9cf27c44c16f72"),
+    ],
+)
+def test_linears_of_known_models_stay_the_same(path: str, count: int, sha256: str) -> None:
+    config = VLMConfig.from_dict(json.loads((ROOT / path).read_text(encoding="utf-8")))
+    linears = list_linears(config)
+    assert len(linears) == count
+    # names, shapes and order, as a recipe.json and the journal of an unfinished run have them
+    assert hashlib.sha256(json.dumps(linears).encode()).hexdigest()[:16] == sha256
 
 
 @pytest.mark.parametrize(

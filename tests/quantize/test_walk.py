@@ -29,13 +29,13 @@ from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message
+from nvvl.quantize.amaxes import read_amaxes
 from nvvl.quantize.backend import register
 from nvvl.quantize.blocks import LoadedBlock
-from nvvl.quantize.estimate import Limits
 from nvvl.quantize.layout import build_layout
+from nvvl.quantize.limits import Limits
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.output import Output
-from nvvl.quantize.pack import read_amaxes
 from nvvl.quantize.presets import PRESETS, fp8, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
 from nvvl.quantize.targets import assign_formats, list_linears, qkv_groups

@@ -19,9 +19,9 @@ import torch
 from typer.testing import CliRunner
 
 from nvvl.cli import app
-from nvvl.quantize.walk import _Ticker
+from nvvl.progress import Ticker
 
-TICK = _Ticker.tick
+TICK = Ticker.tick
 
 
 def main() -> None:
@@ -36,13 +36,13 @@ def main() -> None:
     for command in json.loads((folder / "commands.json").read_text()):
         interrupts = [command["interrupt"]] if rank == "1" else []
 
-        def tick(ticker: _Ticker, interrupts: list[str] = interrupts) -> None:
+        def tick(ticker: Ticker, interrupts: list[str] = interrupts) -> None:
             if ticker.stage in interrupts:
                 interrupts.clear()  # a second one would end the run at once
                 signal.raise_signal(signal.SIGINT)
             TICK(ticker)
 
-        with patch.object(_Ticker, "tick", tick):
+        with patch.object(Ticker, "tick", tick):
             result = CliRunner().invoke(app, command["arguments"])
         outcome = {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
         said.append(outcome | {"exception": repr(result.exception)})

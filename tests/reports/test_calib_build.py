@@ -107,3 +107,25 @@ def test_every_suite_is_compared_and_sets_must_exist(tmp_path: Path) -> None:
         overlap.evaluation_sets([str(tmp_path / "absent")])
     with pytest.raises(DataError, match=r"video: is the name of a suite.* as \./video"):
         overlap.evaluation_sets(["video"])
+
+
+def test_ids_of_any_characters_name_files(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = {"id": "../x\0y\n", "image": "a.png", "messages": [{"role": "user", "content": "?"}]}
+    (tmp_path / "items.jsonl").write_text(json.dumps(row))
+    shown = run("calib", "show", tmp_path / "items.jsonl", "--save", tmp_path / "saved")
+    assert shown.exit_code == 0, shown.output
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["0-..-x-y--0.png"]
+
+
+@pytest.mark.parametrize("change", [{"summary": {}}, {"sources": 5}, {"overlap": {"found": [1]}}])
+def test_numbers_of_a_set_that_are_none_are_one_line(
+    change: dict[str, object], spec: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    assert run("calib", "build", spec, out, "--model", tiny_checkpoint).exit_code == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | change))
+    shown = run("calib", "show", out)
+    assert shown.exit_code == 2, shown.output
+    assert "manifest.json: not what nvvl calib build writes" in shown.stderr

@@ -45,3 +45,10 @@ def test_ids_that_end_alike_need_labels() -> None:
 def test_labels_name_models() -> None:
     named = name_models(["org/tiny-vl", "other/tiny-vl"], ["a", "b"])
     assert list(named.values()) == ["a", "b"]
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("label", ["", ".", "..", "a/b", "a\nb", "a\0", "a\x1b[2J", "a\u2028b"])
+def test_label_that_cannot_name_a_folder_is_refused(label: str) -> None:
+    with pytest.raises(DataError, match="--label: required a name of one line without slashes"):
+        name_models(["org/tiny-vl"], [label])

@@ -131,6 +131,7 @@ def test_recovery_of_nothing_is_undefined() -> None:
     assert recovery_percent(0.9, 0.9) == pytest.approx(100)
     assert recovery_percent(0.45, 0.9) == pytest.approx(50)
     assert recovery_percent(0.1, 0.0) is None
+    assert recovery_percent(1.0, 1e-308) is None, "infinite, which JSON has not"
 
 
 def test_ratio_of_sums_weighs_items_by_their_tokens() -> None:

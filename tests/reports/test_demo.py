@@ -39,12 +39,10 @@ def test_demo_proves_and_compares_every_format(source: Path, tmp_path: Path) -> 
         num_sweep_items=1,
         progress=lambda stage, *_: steps.append(stage.split(":")[0]),
     )
-    assert {name: proof.failed_checks for name, proof in result.proofs.items()} == {
-        "fp8": (),
-        "nvfp4": (),
-        "nvfp4-rotated": (),
-        "nvfp4-qad": (),
-    }
+    assert {
+        name: [check.rule for check in proof.checks if check.passed is False]
+        for name, proof in result.proofs.items()
+    } == {"fp8": [], "nvfp4": [], "nvfp4-rotated": [], "nvfp4-qad": []}
     assert result.passed
     bf16, fp8, nvfp4, _, qad = result.report.runs
     labels = ["BF16", "FP8", "NVFP4", "NVFP4-ROTATED", "NVFP4-QAD"]

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nvvl.calib_data.items import Item
 from nvvl.errors import CheckpointError, DataError, OutputError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, Processor
-from nvvl.reports.curves import Depth, load_depth, write_curves
+from nvvl.reports.curves import Depth, LayerNoise, load_depth, write_curves
 from nvvl.reports.depth import measure_depth
 from nvvl.reports.question import prepare_question
 from nvvl.reports.suites import Suite
@@ -113,6 +114,11 @@ def test_what_was_written_is_read_back(folders: tuple[Path, Path], tmp_path: Pat
     path.write_text(json.dumps({"layers": {"A": [{}]}}))
     with pytest.raises(DataError, match="required what nvvl sweep depth has written"):
         load_depth(path)
+    broken: list[dict[str, tuple[LayerNoise, ...]]] = [{}, {"A": ()}]
+    for layers in broken:
+        write_curves(replace(depth, layers=layers), tmp_path)
+        with pytest.raises(DataError, match=r"depth\.json: required layers of each model"):
+            load_depth(path)
 
 
 def test_a_quantized_reference_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

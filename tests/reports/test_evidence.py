@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nvvl.distill.write import write_bf16
-from nvvl.errors import DataError
+from nvvl.errors import CheckpointError, DataError
 from nvvl.quantize.manifest import Manifest
 from nvvl.reports.deployment import Engine, find_engines
 from nvvl.reports.evidence import gather_evidence, read_proof
@@ -33,6 +33,7 @@ def run(tmp_path: Path) -> Any:
 def write_proof(path: Path, folder: Path, **changes: object) -> Path:
     values: dict[str, object] = {
         "folder": str(folder),
+        "manifest_sha256": None,
         "passed": True,
         "counts": {"passed": 1, "failed": 0, "not checked": 0},
         "checks": [CHECK],
@@ -66,6 +67,18 @@ def test_proof_older_than_its_checkpoint_is_refused(run: Any, tmp_path: Path) ->
     written = (run.model / "config.json").stat().st_mtime
     os.utime(proof, (written - 1, written - 1))
     with pytest.raises(DataError, match=r"older than the checkpoint .* run nvvl verify again"):
+        gather_evidence([run])
+
+
+def test_proof_of_what_was_there_before_is_refused_whatever_the_times(
+    run: Any, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"{}").hexdigest()
+    proof = write_proof(tmp_path / "verify-fp8.json", run.model, manifest_sha256=digest)
+    with pytest.raises(DataError, match=r"proves another checkpoint than what is now at"):
+        gather_evidence([run])
+    write_proof(proof, run.model, passed="false")
+    with pytest.raises(DataError, match=r"passed: required true or false, got 'false'"):
         gather_evidence([run])
 
 
@@ -141,7 +154,7 @@ def test_quantized_checkpoint_without_its_recipe_is_refused(run: Any) -> None:
     Manifest(
         format="fp8", command=(), source={}, tensors={}, files={}, items=(), versions={}
     ).write(run.model)
-    with pytest.raises(DataError, match=r"recipe\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"recipe\.json: cannot be read"):
         gather_evidence([run])
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,6 +124,9 @@ def test_other_arithmetic_is_refused_and_an_unknown_one_is_read(run: HarnessRun)
         ("lm-eval.json", '{"label": "x"}', "not results of nvvl lm-eval"),
         ("lm-eval-items.jsonl", "{}\n", "line 1 is not scores of an item"),
         ("lm-eval-items.jsonl", '{"scores": {"acc": "x"}}\n', "line 1 is not scores of an item"),
+        ("lm-eval-items.jsonl", "[" * 100_000 + "\n", "line 1 is not scores of an item"),
+        ("lm-eval.json", "[" * 100_000, "not results of nvvl lm-eval"),
+        ("lm-eval.json", "9" * 5000, "not results of nvvl lm-eval"),
     ],
 )
 def test_files_that_are_something_else_are_named(
@@ -137,3 +141,25 @@ def test_files_that_are_something_else_are_named(
 def test_missing_results_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lm-eval\.json: cannot be read \(No such file"):
         load_harness_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": ".."}, "label: required a name of one line"),
+        ({"label": 5}, "run.label: required text, got 5"),
+        ({"model": None}, "run.model: required a path, got None"),
+        ({"weights_bytes": "x"}, "run.weights_bytes: required a whole number"),
+        ({"settings": {}}, "run.settings: missing model_sha256"),
+        ({"tasks": {"arc": [{}]}}, r"run.tasks.arc\[0\]: missing task"),
+        ({"unfinished": "x"}, "run.unfinished: required a list, got 'x'"),
+    ],
+)
+def test_results_with_other_values_are_named(
+    changes: dict[str, Any], message: str, run: HarnessRun
+) -> None:
+    write(run)
+    path = run.out / "lm-eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DataError, match=rf"json: not results of nvvl lm-eval \({message}"):
+        load_harness_run(run.out)

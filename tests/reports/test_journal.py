@@ -1,13 +1,14 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvvl.errors import DataError, OutputError
+from nvvl.errors import ConfigError, DataError, OutputError
 from nvvl.reports.journal import Journal
 from nvvl.reports.run import Answer, Settings, describe_model, fingerprint, load_run
 
@@ -64,6 +65,12 @@ ANSWERS = [make_answer(key) for key in SETTINGS.expected_keys()]
 
 def open_journal(out: Path, settings: Settings = SETTINGS, *, overwrite: bool = False) -> Journal:
     return Journal.open(out, settings, ABOUT, overwrite=overwrite)
+
+
+def edit(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads((out / "run.json").read_text())
+    change(values)
+    (out / "run.json").write_text(json.dumps(values))
 
 
 def test_a_finished_run_reads_back_in_order(tmp_path: Path) -> None:
@@ -202,6 +209,113 @@ def test_a_missing_label_is_named(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize("label", ["..", "a/b", "a\nb", ""])
+def test_a_label_that_cannot_name_a_folder_is_refused(tmp_path: Path, label: str) -> None:
+    with pytest.raises(DataError, match="label: required a name of one line"):
+        Journal.open(tmp_path / "new", SETTINGS, {**ABOUT, "label": label}, overwrite=False)
+    assert not (tmp_path / "new").exists()
+    open_journal(tmp_path).append(ANSWERS)
+    edit(tmp_path, lambda values: values.update(label=label))
+    with pytest.raises(DataError, match=r"run\.json: label: required a name of one line"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": 5}, "run.label: required text, got 5"),
+        ({"model": None}, "run.model: required a path, got None"),
+        ({"model": "a\0b"}, "run.model: required a path"),
+        ({"weights_bytes": "x"}, "run.weights_bytes: required a whole number"),
+        ({"manifest_sha256": 5}, "run.manifest_sha256: required text, got 5"),
+    ],
+)
+def test_a_run_with_other_values_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    edit(tmp_path, lambda values: values.update(changes))
+    with pytest.raises(DataError, match=rf"run\.json: {message}.*; evaluate again"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_items": "x"}, "settings.num_items: required a whole number"),
+        ({"num_items": 0}, "settings.num_items: required at least 1, got 0"),
+        ({"suites": "line"}, "settings.suites: required a list, got 'line'"),
+        ({"suites": ["line", "line"]}, "settings: required different suites, each with a metric"),
+        ({"metrics": []}, "settings: required different suites, each with a metric"),
+        ({"metrics": ["luck"]}, r"settings.metrics\[0\]: required one of exact_match"),
+        ({"arithmetic": 5}, "settings.arithmetic: required an object, got 5"),
+        ({"gate_suite": "page"}, "settings: required a gate_suite that is one of the suites"),
+        ({"gate_items": 0}, "settings: .*and gate_items from 1 to 3, got 'line' and 0"),
+        ({"gate_items": 4}, "settings: .*and gate_items from 1 to 3, got 'line' and 4"),
+        ({"pruning_rate": float("nan")}, "settings.pruning_rate: required a number"),
+    ],
+)
+def test_settings_with_other_values_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    edit(tmp_path, lambda values: values["settings"].update(changes))
+    with pytest.raises(DataError, match=rf"run\.json: {message}.*; evaluate again"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("num_items", [10**8, 2**63 - 1])
+def test_a_run_of_any_size_is_counted_without_listing_it(tmp_path: Path, num_items: int) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    edit(tmp_path, lambda values: values["settings"].update(num_items=num_items))
+    message = f"not finished, {num_items - 3} of {num_items + 2} answers are missing"
+    with pytest.raises(DataError, match=message):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nll": float("nan")}, "answer.nll: required a number"),
+        ({"score": float("inf")}, "answer.score: required a number"),
+        ({"cer": "x"}, "answer.cer: required a number"),
+        ({"correct": 5}, "answer.correct: required true or false, got 5"),
+        ({"num_tokens": 0}, "answer.num_tokens: required at least 1, got 0"),
+        ({"num_tokens": -1}, "answer.num_tokens: required a whole number"),
+        ({"answer": None}, "answer.answer: required text, got None"),
+        ({"index": [1]}, "answer.index: required a whole number"),
+        ({"condition": "left"}, "answer.condition: required one of right, blank, other"),
+    ],
+)
+def test_an_answer_with_other_values_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    path = tmp_path / "answers.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(first) | changes) + "\n", *rest]))
+    for read in (load_run, open_journal):
+        with pytest.raises(
+            DataError, match=rf"answers\.jsonl: line 1 is not an answer \({message}"
+        ):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_named(tmp_path: Path, text: str) -> None:
+    open_journal(tmp_path).append(ANSWERS)
+    answers = (tmp_path / "answers.jsonl").read_text()
+    (tmp_path / "answers.jsonl").write_text(answers + text + "\n")
+    with pytest.raises(DataError, match=r"answers\.jsonl: line 6 is not an answer"):
+        load_run(tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(DataError, match=r"run\.json: not valid JSON"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
+        describe_model(tmp_path)
+
+
 def test_the_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -236,3 +350,25 @@ def test_format_and_sizes_are_read_from_the_folder(
         "folder_bytes": 35 + len(json.dumps(config)),
         "manifest_sha256": None,
     }
+
+
+def test_weights_are_the_files_that_the_index_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights.safetensors").write_bytes(bytes(30))
+    (tmp_path / "other.safetensors").write_bytes(bytes(7))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "weights.safetensors"}}))
+    assert describe_model(tmp_path)["weights_bytes"] == 30
+    for text in ("[]", '{"weight_map": 5}', "{"):
+        index.write_text(text)
+        with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: "):
+            describe_model(tmp_path)
+
+
+def test_formats_that_are_no_object_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": "fp8"}')
+    with pytest.raises(ConfigError, match="quantization_config: required an object, got 'fp8'"):
+        describe_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        describe_model(tmp_path)

@@ -356,6 +356,37 @@ def test_each_written_checkpoint_gets_a_card(published: Publication) -> None:
     assert 'name = "nvfp4-w4a16"' in body
 
 
+def test_text_of_runs_is_escaped_in_markdown(published: Publication) -> None:
+    card = published.cards["W4 <b>"].read_text(encoding="utf-8")
+    _, body = card.removeprefix("---\n").split("\n---\n", 1)
+    for text in (body, published.table.read_text(encoding="utf-8")):
+        assert "# " in text
+        assert "W4 &lt;b>" in text
+        assert "W4 <b>" not in text
+
+
+def test_runs_without_bytes_of_weights_are_shown(
+    make_harness_run: Callable[..., HarnessRun], published: Publication, tmp_path: Path
+) -> None:
+    checkpoint = Path(published.report.runs[1].model)
+    runs = [
+        replace(make_harness_run(label, {"acc": [1.0]}), model=model, weights_bytes=0)
+        for label, model in {"BF16": Path("gone"), "W4": checkpoint}.items()
+    ]
+    found = publish(runs, tmp_path)
+    assert '<p class="size">0.00 MB</p>' in found.page.read_text("utf-8")
+    assert "model: 0.00 MB of weights." in found.cards["W4"].read_text("utf-8")
+
+
+def test_card_lies_in_the_folder_of_its_label(
+    make_harness_run: Callable[..., HarnessRun], tmp_path: Path
+) -> None:
+    for label in ("..", "a/b"):
+        with pytest.raises(DataError, match="label: required a name of one line without slashes"):
+            publish([make_harness_run(label, {"acc": [1.0]})], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_proof_of_another_checkpoint_is_refused(published: Publication, tmp_path: Path) -> None:
     runs = [published.page.parent / "runs" / name for name in ("bf16", "w4")]
     proof = json.loads((published.page.parent / "verify-w4.json").read_text())

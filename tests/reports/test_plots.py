@@ -170,3 +170,8 @@ def test_nothing_measured_draws_nothing() -> None:
 )
 def test_kind_follows_from_the_name(module: str, kind: str) -> None:
     assert kind_of(module) == kind
+
+
+def test_a_number_of_a_layer_that_is_no_such_number_is_part_of_a_name() -> None:
+    (plot,) = plot_noise({"a": {f"layers.{'9' * 5000}.in_proj": 20.0}}, ["a"])
+    assert len(plot.marks) == 1

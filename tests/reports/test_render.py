@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_rows_give_every_number_its_interval() -> None:
         "weights, MB": ("13.35", "13.35", "13.35"),
         "weights, bytes": ("13,345,678",) * 3,
         "key value: exact match, %": ("94.1 [92.6, 95.7]",) * 3,
-        "- less BF16": ("-", "-0.7 [-1.2, -0.2]", "0.0 [0.0, 0.0]"),
+        "- minus BF16": ("-", "-0.7 [-1.2, -0.2]", "0.0 [0.0, 0.0]"),
         "KL to teacher, nats": ("-", "0.0046 [0.0042, 0.005]", "0.0046 [0.0042, 0.005]"),
         "top-1 agreement, %": ("-", "99.1 [98.9, 99.3]", "99.1 [98.9, 99.3]"),
         "sees the image": ("yes (95.0 / 1.0 / 0.0)",) * 2 + ("NO (95.0 / 1.0 / 0.0)",),
@@ -121,6 +122,21 @@ def test_a_label_cannot_break_the_markdown_table() -> None:
         Report(nvvl_version="0", baseline="a|b", seed=0, num_items=1, runs=(row,))
     )
     assert r"|  | a\|b |" in page
+
+
+def test_text_of_files_makes_no_line_or_tag_of_its_own() -> None:
+    row = make_run("<i>a", difference=None, verified=None)
+    row = replace(row, model="m\n# forged", format="<script>", dtype="x\n\n| a | b |")
+    report = Report(
+        nvvl_version="0", baseline="<i>a", seed=0, num_items=1, runs=(row,), differing=("<b>\n# c",)
+    )
+    page = render_markdown(report)
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        *("# &lt;i>a", "## Runs", "## How to read this"),
+    ]
+    assert "**&lt;i>a**: m # forged (&lt;script>, computed in x  | a | b |, " in page
+    assert "in the same way: &lt;b> # c. " in page
+    assert "- minus &lt;i>a |" in page
 
 
 def test_three_runs_fit_a_terminal_of_80_columns() -> None:

@@ -102,7 +102,9 @@ def test_pruned_prompts_give_the_logits_of_the_shorter_sequence(tiny_checkpoint:
     model = load_model(tiny_checkpoint, dtype=torch.float32)
     question = prepare_question(make_video(1, 0), Processor.from_folder(tiny_checkpoint))
     (whole,) = encode_questions(model, [question])
-    assert prune_videos(question, whole, model.config, 0.0) is whole
+    unpruned = prune_videos(question, whole, model.config, 0.0)
+    assert torch.equal(unpruned.prompt_ids, whole.prompt_ids)
+    assert unpruned.features is whole.features
     with torch.inference_mode():
         embeds = model.embed(whole.prompt_ids[None], whole.features)
         expected = model(question.prompt.input_ids[None], pixel_values=question.prompt.pixel_values)
@@ -272,8 +274,34 @@ def test_something_else_is_not_read_as_a_sweep(swept: tuple[Path, Sweep], tmp_pa
         path.write_text(json.dumps(broken))
         with pytest.raises(DataError, match="required what nvvl sweep has written"):
             load_curves(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="required what nvvl sweep has written"):
+        load_curves(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         load_sweep(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("visual_tokens", 1e308, r"points\[0\].visual_tokens: required a number"),
+        ("value", float("nan"), r"points\[0\].value: required a number"),
+        ("label", [1], r"points\[0\].label: required text"),
+        ("suite", "other", "required points of the suites that have a metric, film, got points of"),
+        (None, None, "required points of the suites that have a metric, film, got points of none"),
+    ],
+)
+def test_points_that_cannot_be_drawn_are_named(
+    key: str | None, value: Any, message: str, swept: tuple[Path, Sweep], tmp_path: Path
+) -> None:
+    values = json.loads((swept[0] / "sweep-evs.json").read_text())
+    if key is None:
+        values["points"] = []
+    else:
+        values["points"][0][key] = value
+    (tmp_path / "sweep-evs.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"sweep-evs\.json: .*{message}"):
+        load_curves(tmp_path)
 
 
 def test_speed_counts_every_token_and_waits_for_the_first(tiny_checkpoint: Path) -> None:

@@ -112,8 +112,19 @@ def test_perplexity_weighs_items_alike(make_harness_run: MakeRun) -> None:
 
 @pytest.mark.parametrize(
     ("aggregation", "scores"),
-    [(None, [1.0, 0.0]), ("mean", [1.0, math.nan]), ("bits_per_byte", [(-1.0, 0.0), (-1.0, 2.0)])],
-    ids=["of no single items", "not a number", "no weight"],
+    [
+        (None, [1.0, 0.0]),
+        ("a later one", [1.0, 0.0]),
+        ("mean", [1.0, math.nan]),
+        ("mean", [1.0, 1e308]),
+        ("mean", []),
+        ("bits_per_byte", [(-1.0, 0.0), (-1.0, 2.0)]),
+        ("perplexity", [-1e5, -1e6]),
+    ],
+    ids=[
+        *("of no single items", "unknown", "not a number", "beyond sums", "no items"),
+        *("no weight", "infinite"),
+    ],
 )
 def test_no_difference_is_taken_where_there_is_none(
     aggregation: str | None, scores: list[Any], make_harness_run: MakeRun
@@ -223,7 +234,7 @@ def test_rows_have_values_differences_and_tests(make_harness_run: MakeRun) -> No
     assert rows.about == "first 100 items, 0-shot, chat template, version 1.0"
     assert rows.rows == (
         ("acc ↑", ("0.5000 ± 0.1250", "0.5000 ± 0.1250", "-")),
-        ("- less BF16", ("-", "-0.0800 [-0.1500, -0.0200]", "-")),
+        ("- minus BF16", ("-", "-0.0800 [-0.1500, -0.0200]", "-")),
         ("- McNemar's p", ("-", "0.039 (2 gained, 10 lost)", "-")),
     )
     assert task_table(tasks, ["BF16", "NVFP4"], "BF16").title == "lm-evaluation-harness 0.4.13"
@@ -260,7 +271,7 @@ def test_large_numbers_lose_decimals(make_harness_run: MakeRun) -> None:
         make_harness_run("FP8", {"ppl": [-9.0, -9.0]}, aggregations=known),
     ]
     (rows,) = make_task_rows(compare_tasks(runs, "BF16"), ["FP8"], "BF16")
-    assert rows.rows[1] == ("- less BF16", ("+5,122.1 [+5,122.1, +5,122.1]",))
+    assert rows.rows[1] == ("- minus BF16", ("+5,122.1 [+5,122.1, +5,122.1]",))
 
 
 def test_metric_of_a_reading_is_named_with_it(make_harness_run: MakeRun) -> None:

@@ -31,7 +31,7 @@ def show(
     from nvvl.calib_data.items import item_hash
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.calib_data.summary import summary_tables
-    from nvvl.console import print_json, print_table
+    from nvvl.console import print_json, print_table, without_controls
 
     manifest = read_manifest(Path(spec)) if is_built(Path(spec)) else None
     items = load_calibration_set(spec, num_items=samples, seed=seed).items
@@ -62,9 +62,10 @@ def show(
                 with writing(path):
                     picture.save(path)
         if not as_json:
-            print(*row.values(), *(f"{p.width}x{p.height}" for p in pictures))
+            sizes = (f"{p.width}x{p.height}" for p in pictures)
+            print(without_controls(" ".join(map(str, (*row.values(), *sizes)))))
             for message in item.messages:
-                print(f"  {message.role}: {shorten(message.content, 90)}")
+                print(without_controls(f"  {message.role}: {shorten(message.content, 90)}"))
     if as_json:
         print_json(rows if manifest is None else {**manifest, "items": rows})
 

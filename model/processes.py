@@ -50,9 +50,9 @@ class Processes:
         """
         self.index, self.count = 0, 1
         self.device = torch.device(device)
-        if join and _read_count("WORLD_SIZE") > 1:
+        if join and read_count("WORLD_SIZE") > 1:
             if self.device.type == "cuda":
-                _require_gpus(_read_count("LOCAL_WORLD_SIZE"))
+                _require_gpus(read_count("LOCAL_WORLD_SIZE"))
             from accelerate import Accelerator, InitProcessGroupKwargs
 
             patience = InitProcessGroupKwargs(timeout=_PATIENCE)
@@ -145,7 +145,7 @@ def _leave() -> None:
         time.sleep(_LAST_WORK_S)
 
 
-def _read_count(name: str) -> int:
+def read_count(name: str) -> int:
     """Return a number of processes that whatever started this one has set; 1 if nothing did."""
     said = os.environ.get(name, "1")
     try:

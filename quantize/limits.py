@@ -5,7 +5,6 @@ blocks go. Inside a block an item is bounded too: what is longer than a span goe
 Limits change no byte of an output; spans move sums by rounding, so they are constants.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,6 +75,8 @@ def default_limits() -> Limits:
 
     The processes that torchrun started on this machine share it.
     """
+    from nvvl.model.processes import read_count  # a plan is made without torch
+
     free = free_memory()
-    parts = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parts = 2 * read_count("LOCAL_WORLD_SIZE")
     return Limits(activation_bytes=None if free is None else free // parts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvvl.compiler import load_library
+from nvvl.model import products
 from nvvl.model import scan as scan_module
 from nvvl.model.mamba2 import scan_chunks, ssm_scan
 from nvvl.model.scan import CHUNK, CompiledScan, _heads_at_once, load_scan, pick_scan
@@ -106,7 +107,11 @@ def test_it_equals_the_recurrence(
     assert torch.equal(arguments[6], before)
 
 
-def test_it_is_no_less_accurate_than_torch(scan: CompiledScan) -> None:
+def test_it_is_no_less_accurate_than_torch(
+    scan: CompiledScan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in bfloat16 as well; where that is slow, torch's goes through float32
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: True)
     arguments = make_arguments(500, heads=8, head_dim=64, state_size=128)
     expected, _ = recurrence(arguments)
     y, _ = scan(*arguments, keep=None)

@@ -392,8 +392,8 @@ def test_proof_of_no_run_is_refused(source: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     run("evaluate", source, "-o", runs, "--items", "1", "--suite", "line")
     proof = tmp_path / "proof.json"
-    values = {"folder": str(tmp_path), "manifest_sha256": None, "passed": True, "checks": []}
-    proof.write_text(json.dumps(values | {"sqnr_db": {}, "counts": {}}))
+    values = {"folder": str(tmp_path), "manifest_sha256": None, "passed": True}
+    proof.write_text(json.dumps({**values, "checks": [], "sqnr_db": {}, "counts": {}}))
     page = tmp_path / "mine.html"
     refused = run("report", runs / source.name, "-o", page, "--proof", proof)
     assert_user_error(refused, "proof.json", "which no run is of")

@@ -42,7 +42,7 @@ def test_given_fields_are_not_missing() -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("soop", "kind: required one of soup, pie, got 'soop'; did you mean soup"), (3, "got 3$")],
+    [("scop", "kind: required one of soup, pie, got 'scop'; did you mean soup"), (3, "got 3$")],
 )
 def test_value_that_is_no_choice_is_refused(value: object, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nvvl.errors import ConfigError, DataError, reading
+from nvvl.errors import ConfigError, DataError, NvvlError, reading
 from nvvl.model.checkpoint_writer import INDEX_NAME
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
@@ -346,28 +346,29 @@ def _name_weights(folder: Path) -> set[Path]:
 
 
 def _read_model_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: required a JSON object, got {type(values).__name__}")
-    return values
+    return _parse_object(path, ConfigError, way_out="; download it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    absent = "not found; give a folder that nvvl evaluate has written"
+    return _parse_object(path, DataError, absent=absent)
+
+
+def _parse_object(
+    path: Path,
+    kind: type[NvvlError],
+    *,
+    absent: str = "cannot be read (No such file or directory)",
+    way_out: str = "",
+) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: not found; give a folder that nvvl evaluate has written"
-        ) from None
+        raise kind(f"{path}: {absent}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise kind(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
+        raise kind(f"{path}: not valid JSON ({error}){way_out}") from None
     if not isinstance(values, dict):
-        raise DataError(f"{path}: required a JSON object, got {type(values).__name__}")
+        raise kind(f"{path}: required a JSON object, got {type(values).__name__}")
     return values

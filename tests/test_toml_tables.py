@@ -37,6 +37,8 @@ def test_other_keys_than_fields_are_refused(
 
 
 def test_given_fields_are_not_missing() -> None:
+    with pytest.raises(DataError, match="dish: missing num_eggs"):
+        require_keys(Dish, {"name": "x"}, "dish", DataError)
     require_keys(Dish, {"name": "x"}, "dish", DataError, given=("num_eggs",))
 
 

@@ -114,6 +114,7 @@ INLINE void nvfp4_quantize_avx2(const void *x, uint8_t *packed, uint8_t *block_s
     int64_t b = 0;
     for (; b + 8 <= blocks; b += 8) {
         const void *in = at(x, b * BLOCK, dtype);
+        read_ahead(in, 8 * BLOCK * (dtype == BF16 ? 2 : 4));
         float steps[8];
         if (!block_scales8(in, tensor_scale, block_scale + b, steps, dtype)) {
             nvfp4_quantize_portable(in, packed + b * 8, block_scale + b, 8, tensor_scale, dtype);
@@ -155,6 +156,7 @@ INLINE void nvfp4_fake_quantize_avx2(const void *x, void *out, int64_t blocks, f
     int64_t b = 0;
     for (; b + 8 <= blocks; b += 8) {
         const void *in = at(x, b * BLOCK, dtype);
+        read_ahead(in, 8 * BLOCK * (dtype == BF16 ? 2 : 4));
         void *to = at_out(out, b * BLOCK, dtype);
         uint8_t scales[8];
         float steps[8];
@@ -184,6 +186,7 @@ INLINE void nvfp4_dequantize_avx2(const uint8_t *packed, const uint8_t *block_sc
                                       at_out(out, b * BLOCK, dtype), 1, tensor_scale, dtype);
             continue;
         }
+        if (b % 8 == 0) read_ahead(packed + b * 8, 64);
         __m128i pairs = _mm_loadl_epi64((const void *)(packed + b * 8));
         __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(pairs, nibble),
                                           _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble));
@@ -239,6 +242,7 @@ INLINE void fp8_quantize_avx2(const void *x, uint8_t *out, int64_t count, float 
     int64_t i = 0;
     for (; dtype == BF16 && is_finite_scale(scale) && i + 32 <= count; i += 32) {
         const uint16_t *in = (const uint16_t *)x + i;
+        read_ahead(in, 64);
         __m256i q0 = fp8_quotients16(in, _mm256_set1_ps(scale));
         __m256i q1 = fp8_quotients16(in + 16, _mm256_set1_ps(scale));
         __m256i m0 = magnitudes16(q0), m1 = magnitudes16(q1);
@@ -273,6 +277,7 @@ INLINE void fp8_fake_quantize_avx2(const void *x, void *out, int64_t count, floa
     int64_t i = 0;
     for (; dtype == BF16 && is_finite_scale(scale) && i + 16 <= count; i += 16) {
         const uint16_t *in = (const uint16_t *)x + i;
+        if (i % 32 == 0) read_ahead(in, 64);
         __m256i quotients = fp8_quotients16(in, _mm256_set1_ps(scale));
         __m256i magnitude = magnitudes16(quotients), unusual = is_unusual16(magnitude);
         if (_mm256_testz_si256(unusual, unusual))

@@ -1,5 +1,5 @@
-/* NVFP4 kernels with AVX-512 (F, BW, DQ, VL, VBMI) intrinsics, 16 blocks at a time; part of
- * kernels.c, behind kernels_avx2.h. */
+/* FP8 and NVFP4 kernels with AVX-512 (F, BW, DQ, VL, VBMI) intrinsics, NVFP4 16 blocks at a time;
+ * part of kernels.c, behind kernels_avx2.h. */
 
 INLINE __m512 load16(const void *x, int64_t i, enum dtype dtype) {
     if (dtype == F32) return _mm512_loadu_ps((const float *)x + i);
@@ -98,6 +98,7 @@ INLINE void nvfp4_quantize_avx512(const void *x, uint8_t *packed, uint8_t *block
     int64_t b = 0;
     for (; b + 16 <= blocks; b += 16) {
         const void *in = at(x, b * BLOCK, dtype);
+        read_ahead(in, 16 * BLOCK * (dtype == BF16 ? 2 : 4));
         __m128i scales;
         float steps[16];
         if (!block_scales16(in, tensor_scale, &scales, steps, dtype)) {
@@ -138,6 +139,7 @@ INLINE void nvfp4_fake_quantize_avx512(const void *x, void *out, int64_t blocks,
     int64_t b = 0;
     for (; b + 16 <= blocks; b += 16) {
         const void *in = at(x, b * BLOCK, dtype);
+        read_ahead(in, 16 * BLOCK * (dtype == BF16 ? 2 : 4));
         void *to = at_out(out, b * BLOCK, dtype);
         __m128i scales;
         float steps[16];
@@ -165,6 +167,7 @@ INLINE void nvfp4_dequantize_avx512(const uint8_t *packed, const uint8_t *block_
                                       at_out(out, b * BLOCK, dtype), 1, tensor_scale, dtype);
             continue;
         }
+        if (b % 8 == 0) read_ahead(packed + b * 8, 64);
         __m128i pairs = _mm_loadl_epi64((const void *)(packed + b * 8));
         __m128i low = _mm_and_si128(pairs, _mm_set1_epi8(15));
         __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), _mm_set1_epi8(15));
@@ -174,8 +177,126 @@ INLINE void nvfp4_dequantize_avx512(const uint8_t *packed, const uint8_t *block_
     }
 }
 
-/* ---- FP8: the compiler's vectors of the portable code are as fast */
+/* ---- FP8, 32 bf16 elements at a time. Their quotients are bf16 too, so all that follows the
+ * division is done in 16-bit lanes. */
 
-#define fp8_quantize_avx512 fp8_quantize_portable
-#define fp8_fake_quantize_avx512 fp8_fake_quantize_portable
-#define fp8_dequantize_avx512 fp8_dequantize_portable
+/* The upper halves of 32 lanes of 32 bits. */
+INLINE __m512i upper_halves(__m512i low, __m512i high) {
+    const __m512i odd = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+        31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(low, odd, high);
+}
+
+/* bf16 quotients of 32 elements. */
+INLINE __m512i fp8_quotients32(const uint16_t *x, __m512 scale) {
+    return upper_halves(round_to_bf16(_mm512_div_ps(load16(x, 0, BF16), scale)),
+                        round_to_bf16(_mm512_div_ps(load16(x, 16, BF16), scale)));
+}
+
+/* Codes of magnitudes from 2^-10 to 2^-6: multiples of 2^-9, rounded to nearest even. The eight
+ * bits of a bf16 significand are worth 2^-9 times 2^-shift, shift 5 to 8. */
+INLINE __m512i e4m3_subnormals32(__m512i magnitude) {
+    __m512i one = _mm512_set1_epi16(1);
+    __m512i shift = _mm512_sub_epi16(_mm512_set1_epi16(125), _mm512_srli_epi16(magnitude, 7));
+    __m512i significand = _mm512_or_si512(_mm512_and_si512(magnitude, _mm512_set1_epi16(0x7f)),
+                                          _mm512_set1_epi16(0x80));
+    __m512i half = _mm512_sub_epi16(_mm512_sllv_epi16(one, _mm512_sub_epi16(shift, one)), one);
+    __m512i odd = _mm512_and_si512(_mm512_srlv_epi16(significand, shift), one);
+    return _mm512_srlv_epi16(_mm512_add_epi16(significand, _mm512_add_epi16(half, odd)), shift);
+}
+
+/* Codes without sign of 32 bf16 magnitudes that are not NaN; as e4m3_steps16 of kernels_avx2.h. */
+INLINE __m512i e4m3_codes32(__m512i magnitude) {
+    __m512i clamped = _mm512_min_epu16(magnitude, _mm512_set1_epi16(E4M3_MAX_BITS >> 16));
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(clamped, 4), _mm512_set1_epi16(1));
+    clamped = _mm512_add_epi16(_mm512_add_epi16(clamped, _mm512_set1_epi16(7)), odd);
+    __m512i codes = _mm512_subs_epu16(_mm512_srli_epi16(clamped, 4),
+                                      _mm512_set1_epi16(E4M3_STEPS_BIAS));
+    __m512i above = _mm512_sub_epi16(magnitude, _mm512_set1_epi16(0x3a81));
+    __mmask32 small = _mm512_cmplt_epu16_mask(above, _mm512_set1_epi16(0x3c80 - 0x3a81));
+    if (small) codes = _mm512_mask_mov_epi16(codes, small, e4m3_subnormals32(magnitude));
+    return codes;
+}
+
+/* bf16 values of 32 codes without sign that are not NaN. */
+INLINE __m512i e4m3_values32(__m512i codes) {
+    /* the multiples of 2^-9 below 8, in bf16 */
+    const __m512i subnormals = _mm512_broadcast_i32x4(
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    __m512i normals = _mm512_slli_epi16(
+        _mm512_add_epi16(codes, _mm512_set1_epi16(E4M3_STEPS_BIAS)), 4);
+    __mmask32 small = _mm512_cmplt_epu16_mask(codes, _mm512_set1_epi16(8));
+    return _mm512_mask_permutexvar_epi16(normals, small, codes, subnormals);
+}
+
+/* Store 32 bf16 values times the scale. */
+INLINE void fp8_store32(void *out, int64_t i, __m512i values, float scale, enum dtype dtype) {
+    __m256i half[2];
+    memcpy(half, &values, sizeof half);
+    for (int h = 0; h < 2; h++) {
+        __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half[h]), 16);
+        __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(scale));
+        store16(out, i + h * 16, value, dtype);
+    }
+}
+
+INLINE __mmask32 is_nan32(__m512i magnitude) {
+    return _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7f80));
+}
+
+INLINE void fp8_quantize_avx512(const void *x, uint8_t *out, int64_t count, float scale,
+                                enum dtype dtype) {
+    int64_t i = 0;
+    for (; dtype == BF16 && is_finite_scale(scale) && i + 32 <= count; i += 32) {
+        const uint16_t *in = (const uint16_t *)x + i;
+        read_ahead(in, 64);
+        __m512i quotients = fp8_quotients32(in, _mm512_set1_ps(scale));
+        __m512i magnitude = _mm512_and_si512(quotients, _mm512_set1_epi16(0x7fff));
+        if (is_nan32(magnitude)) {
+            fp8_quantize_portable(in, out + i, 32, scale, dtype);
+            continue;
+        }
+        __m512i sign = _mm512_srli_epi16(_mm512_andnot_si512(magnitude, quotients), 8);
+        __m512i codes = _mm512_or_si512(e4m3_codes32(magnitude), sign);
+        _mm256_storeu_si256((void *)(out + i), _mm512_cvtepi16_epi8(codes));
+    }
+    fp8_quantize_portable(at(x, i, dtype), out + i, count - i, scale, dtype);
+}
+
+INLINE void fp8_fake_quantize_avx512(const void *x, void *out, int64_t count, float scale,
+                                     enum dtype dtype) {
+    int64_t i = 0;
+    for (; dtype == BF16 && is_finite_scale(scale) && i + 32 <= count; i += 32) {
+        const uint16_t *in = (const uint16_t *)x + i;
+        read_ahead(in, 64);
+        __m512i quotients = fp8_quotients32(in, _mm512_set1_ps(scale));
+        __m512i magnitude = _mm512_and_si512(quotients, _mm512_set1_epi16(0x7fff));
+        if (is_nan32(magnitude)) {
+            fp8_fake_quantize_portable(in, at_out(out, i, dtype), 32, scale, dtype);
+            continue;
+        }
+        __m512i sign = _mm512_andnot_si512(magnitude, quotients);
+        __m512i values = _mm512_or_si512(e4m3_values32(e4m3_codes32(magnitude)), sign);
+        fp8_store32(out, i, values, scale, dtype);
+    }
+    fp8_fake_quantize_portable(at(x, i, dtype), at_out(out, i, dtype), count - i, scale, dtype);
+}
+
+INLINE void fp8_dequantize_avx512(const uint8_t *codes, void *out, int64_t count, float scale,
+                                  enum dtype dtype) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        read_ahead(codes + i, 32);
+        __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(codes + i)));
+        __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
+        if (_mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(E4M3_NAN))) {
+            fp8_dequantize_portable(codes + i, at_out(out, i, dtype), 32, scale, dtype);
+            continue;
+        }
+        __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(wide, magnitude), 8);
+        __m512i values = _mm512_or_si512(e4m3_values32(magnitude), sign);
+        fp8_store32(out, i, values, scale, dtype);
+    }
+    fp8_dequantize_portable(codes + i, at_out(out, i, dtype), count - i, scale, dtype);
+}

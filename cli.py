@@ -2,13 +2,16 @@
 
 A verb parses its arguments and makes one call. It imports what it needs when it is called, so
 ``nvvl --help`` answers without loading torch. What the user can cause (`NvvlError`) becomes one
-line on stderr and exit code 2; a check that fails gives 1; anything else is a bug of nvvl's own and
-keeps its traceback. Results go to stdout, progress to stderr.
+line on stderr and exit code 2, and so does what is wrong with the command line itself, or with a
+file, where nothing says more of it; a check that fails gives 1; anything else is a bug of nvvl's
+own and keeps its traceback. Results go to stdout, progress to stderr.
 """
 
+import re
 import sys
-from io import TextIOWrapper
-from typing import Annotated, Any
+import warnings
+from itertools import pairwise
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -32,17 +35,24 @@ EXIT_INTERRUPTED = 130  # what shells report of a process ended by Ctrl-C
 class _Verbs(TyperGroup):
     """The verbs, with every error a user can cause turned into one line."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a verb."""
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Read the command line, run a verb, and exit."""
         from nvvl.console import print_error
 
+        code = EXIT_USER_ERROR
         try:
-            return super().invoke(ctx)
+            try:
+                ended = super().main(*args, **{**extra, "standalone_mode": False})
+            finally:
+                sys.stdout.flush()  # while what goes wrong can still be told
+            code = ended or 0
         except ReportedError:  # one line for all processes of a run
-            raise typer.Exit(EXIT_USER_ERROR) from None
+            pass
         except NvvlError as error:
             print_error(str(error))
-            raise typer.Exit(EXIT_USER_ERROR) from None
+        except typer.TyperException as error:
+            if error.format_message():  # else only a verb was missing, and the help is printed
+                print_error(_describe_misuse(error))
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -51,10 +61,47 @@ class _Verbs(TyperGroup):
                 "cpu, or a smaller --batch for evaluate, sweep and lm-eval; nvvl quantize keeps "
                 "within --memory"
             )
-            raise typer.Exit(EXIT_USER_ERROR) from None
-        except KeyboardInterrupt as error:
+        sys.exit(code)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the words of a command line, all of which say something."""
+        _refuse_empty(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        from nvvl.console import print_error
+
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # of which Typer would say nothing
             print_error(str(error) or "interrupted; an output that was not complete is not there")
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except OSError as error:
+            print_error(_describe_fault(error))
+            raise typer.Exit(EXIT_USER_ERROR) from None
+
+
+def _describe_fault(error: OSError) -> str:
+    """Name the files of an error of the system."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([*names, error.strerror or first_line(error)])
+
+
+def _refuse_empty(args: list[str]) -> None:
+    """Refuse a word without letters, which as a path would mean the current folder."""
+    for before, word in pairwise(["nvvl", *args]):
+        if not word or re.fullmatch("--[a-z-]+=", word):
+            where = word.removesuffix("=") or before
+            what = where if where.startswith("-") else f"the argument after {where}"
+            raise NvvlError(f"{what}: required a value, got an empty one; is a variable unset?")
+
+
+def _describe_misuse(error: typer.TyperException) -> str:
+    """Say on one line what is wrong with a command line, and where its help is."""
+    said = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".?")
+    context = getattr(error, "ctx", None)
+    return f"{said}; see {context.command_path} --help" if context else said
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -75,10 +122,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-calib_app = typer.Typer(help="Build and look at calibration sets.", no_args_is_help=True)
+calib_app = typer.Typer(
+    help="Build and look at calibration sets.",
+    epilog="Example: nvvl calib show default",
+    no_args_is_help=True,
+)
 app.add_typer(calib_app, name="calib")
 export_app = typer.Typer(
-    help="Turn a checkpoint into what other software runs.", no_args_is_help=True
+    help="Turn a checkpoint into what other software runs.",
+    epilog="Example: nvvl export serve OUT --for vllm",
+    no_args_is_help=True,
 )
 app.add_typer(export_app, name="export")
 
@@ -92,7 +145,7 @@ export_app.command(epilog="Example: nvvl export onnx OUT graphs")(onnx)
 export_app.command(epilog="Example: nvvl export engine OUT engines --target sm120")(engine)
 export_app.command(epilog="Example: nvvl export serve OUT --for vllm")(serve)
 app.command(epilog="Example: nvvl evaluate embedded OUT --teacher embedded -o runs")(evaluate)
-app.command("lm-eval", epilog="Example: nvvl lm-eval embedded OUT --task nvvl_next_words -o runs")(
+app.command("lm-eval", epilog="Example: nvvl lm-eval embedded OUT --task nvvl_next_words -o tasks")(
     lm_eval
 )
 app.command(epilog="Example: nvvl sweep evs embedded OUT -o sweep")(sweep)
@@ -134,11 +187,18 @@ def path(model: ModelArgument) -> None:
     print(resolve_model(model))
 
 
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Return a warning as a user reads it: what is said, without where in the source it is."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def main() -> None:
     """Run ``nvvl``."""
-    if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no UTF-8; stderr escapes it so
-        sys.stdout.reconfigure(errors="backslashreplace")
-    app(prog_name="nvvl")
+    from nvvl.console import standard_streams
+
+    warnings.formatwarning = _format_warning
+    with standard_streams():
+        app(prog_name="nvvl")
 
 
 def quantize_main() -> None:

@@ -53,7 +53,7 @@ def load_library(source: Path) -> ctypes.CDLL:
         HardwareError: If there is no compiler, ``$CC`` is no command, it fails or takes too long,
             or the cache cannot be written or loaded.
     """
-    path = _cache_folder() / f"{source.stem}-{_digest(source)}.so"
+    path = cache_folder() / f"{source.stem}-{_digest(source)}.so"
     try:
         if not path.exists():
             _compile(source, path)
@@ -65,7 +65,8 @@ def load_library(source: Path) -> ctypes.CDLL:
         ) from error
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return where nvvl keeps what takes long to make again."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "nvvl"
 

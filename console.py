@@ -2,6 +2,8 @@
 
 Progress and errors go to stderr, results to stdout, so that ``nvvl ... --json > result.json`` holds
 the result alone. Where stderr is no terminal, the bars are printed once, at the end.
+
+A reader that goes away, as `head` does, ends the command quietly; a disk that is full is an error.
 """
 
 import json
@@ -10,7 +12,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -26,7 +30,10 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
+from nvvl.errors import OutputError, writing
 from nvvl.progress import Progress
+
+EXIT_PIPE_CLOSED = 141  # what shells report of a process ended by SIGPIPE
 
 _FILE_WIDTH = 200
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and line feed, DEL, C1
@@ -37,6 +44,61 @@ _STOPPING = {
     False: "finishing this block; Ctrl-C again stops at once",
     True: "torchrun stops soon: finished blocks are kept, and the same command goes on from there",
 }
+
+
+class _Stream(TextIOWrapper):
+    """A standard stream whose faults are told from those of files.
+
+    SIGPIPE itself stays ignored, as it would end nvvl for the connection of a download too.
+    Progress that cannot be written stops no work.
+    """
+
+    def __init__(self, stream: TextIOWrapper, *, is_result: bool) -> None:
+        """Write to what a stream writes to; a file name may be no UTF-8, and is escaped then."""
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._is_result = is_result
+
+    def write(self, text: str) -> int:
+        """Write, or raise as `_guarded`."""
+        with self._guarded():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Flush, or raise as `_guarded`."""
+        with self._guarded():
+            super().flush()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """End the command if nobody reads on; of what else goes wrong make an `OutputError`."""
+        try:
+            with writing(Path("stdout")):
+                yield
+        except OutputError as error:
+            with open(os.devnull, "wb") as nowhere:  # for what is in buffers when Python ends
+                os.dup2(nowhere.fileno(), self.fileno())
+            if isinstance(error.__cause__, BrokenPipeError):
+                raise SystemExit(EXIT_PIPE_CLOSED) from None
+            if self._is_result:
+                raise
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Print as `_Stream` does while the block runs; streams of another kind stay as they are."""
+    with ExitStack() as stack:
+        for stream, redirect in (sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr):
+            if isinstance(stream, TextIOWrapper):
+                ours = _Stream(stream, is_result=stream is sys.stdout)
+                stack.callback(ours.detach)  # else it would close what both write to
+                stack.enter_context(redirect(ours))
+        yield
 
 
 class _RateColumn(ProgressColumn):
@@ -130,8 +192,10 @@ class TokenStream:
 
 
 def print_error(message: str) -> None:
-    """Print an error as one line on stderr."""
-    print(without_controls(f"error: {' '.join(message.split())}"), file=sys.stderr)
+    """Print an error on stderr: one line, and an indented one for each further line it has."""
+    lines = [" ".join(line.split()) for line in message.splitlines()]
+    shown = "\n  ".join(line for line in lines if line)
+    print(without_controls(f"error: {shown}"), file=sys.stderr)
 
 
 def without_controls(text: str) -> str:

@@ -19,7 +19,7 @@ other exception is a bug of nvvl's own and keeps its traceback.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,21 +94,45 @@ def require_disk(folder: Path, required: int, what: str) -> None:
         )
 
 
-def require_unread(out: Path, sources: Iterable[Path]) -> None:
-    """Refuse an output that would take the place of what it is made from.
+def require_unread(out: Path, sources: Iterable[Path], *, within: bool = False) -> None:
+    """Refuse an output that would take the place of what it is made from, or come to lie in it.
+
+    Args:
+        out: The output.
+        sources: Folders and files that are read.
+        within: Allow ``out`` to lie in one of them.
 
     Raises:
-        OutputError: if ``out`` is one of the sources, or holds one.
+        OutputError: if ``out`` is one of the sources, or holds one, or lies in one.
     """
     with writing(out):
         for source in sources:
             if out.resolve() in (source.resolve(), *source.resolve().parents):
                 raise OutputError(f"{out}: holds {source}, which is read; choose another OUT")
+            if not within and source.resolve() in out.resolve().parents:
+                raise OutputError(f"{out}: lies in {source}, which is read; choose another OUT")
+
+
+def name_some(names: Sequence[str], limit: int) -> str:
+    """Name the first of many for a message: ``a, b, c and 12 more``."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an exception says, or its type's name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_misfit(error: Exception) -> str:
+    """Say in words what is wrong with a file, of the exception that reading it as JSON raised."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, KeyError):
+        return f"without {error.args[0]}"
+    if isinstance(error, TypeError | AttributeError):
+        return "its values are arranged otherwise"
+    return first_line(error)
 
 
 class VerificationError(NvvlError):

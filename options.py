@@ -19,7 +19,12 @@ SET_HELP = "`default`, a built set, a folder of images, or a JSONL file."
 CalibArgument = Annotated[str, typer.Argument(metavar="SET", help=SET_HELP)]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SeedOption = Annotated[
-    int, typer.Option(min=0, help="Which items are generated, or which of your own are taken.")
+    int,
+    typer.Option(
+        min=0,
+        max=2**63 - 1,  # what JSON files and torch's generators hold
+        help="Which items are generated, or which of your own are taken.",
+    ),
 ]
 MemoryOption = Annotated[
     str | None,

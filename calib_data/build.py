@@ -6,16 +6,11 @@ item takes its place; a source that runs out before its count is an error. Nothi
 
 Every source is listed before anything is made, so that a missing file is named at once. Before the
 folder gets its name, its items are compared with the items of evaluation suites, which other
-processes draw while the items are made.
+processes draw while the items are made; a set that is apart from them by its split needs none.
 """
 
 import importlib.metadata
-import multiprocessing
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,27 +21,26 @@ from nvvl.calib_data.built import (
     SHEET,
     VERSION,
     Row,
-    is_built,
     item_row,
     write_manifest,
     write_table,
 )
+from nvvl.calib_data.comparison import Suites, comparison
 from nvvl.calib_data.contact_sheet import SheetMaker
 from nvvl.calib_data.counts import count_tokens, describe_processor
-from nvvl.calib_data.fingerprints import Fingerprints, Overlap, find_overlaps
+from nvvl.calib_data.fingerprints import Fingerprints, Overlap
 from nvvl.calib_data.items import Item
+from nvvl.calib_data.kept_prints import KeptPrints
 from nvvl.calib_data.mixture import Candidate, finish_item, list_candidates
 from nvvl.calib_data.source_spec import Documents, Hub, Shards, Source
 from nvvl.calib_data.spec import SetSpec
 from nvvl.calib_data.summary import summarize
-from nvvl.errors import DataError, OutputError, require_unread, writing
+from nvvl.errors import DataError, name_some, require_unread, writing
 from nvvl.model.processor import Processor
 from nvvl.progress import Progress
+from nvvl.staging import staged_folder
 
-# An evaluation suite by name, as its items.
-Suites = Mapping[str, Callable[[], Iterable[Item]]]
-# What of a suite is compared, by its name.
-SuitePrints = Iterable[tuple[str, Fingerprints]]
+_NOTHING: Suites = {}
 
 _VERSIONS = ("datasets", "pillow", "pyarrow", "av", "pypdfium2")
 _NUM_NAMED = 5  # overlaps that an error names
@@ -78,6 +72,8 @@ def build_set(
     base: Path,
     processor: Processor,
     suites: Suites,
+    against: Suites = _NOTHING,
+    kept: KeptPrints | None = None,
     skip_bad: bool = False,
     allow_overlap: bool = False,
     overwrite: bool = False,
@@ -91,11 +87,15 @@ def build_set(
         out: The folder to make.
         base: Folder that the paths of the spec are relative to.
         processor: Of ``spec.model``; counts the tokens.
-        suites: Items of each suite that the set must not overlap with.
+        suites: Items of each suite that the set must not overlap with. They are of the split
+            ``held_out``, so a set of nothing but generated documents of the split ``train`` is
+            apart from them, and they are not drawn.
+        against: Other sets that it must not overlap with; these are always compared.
+        kept: What is kept of suites that an earlier build drew.
         skip_bad: Leave out items that cannot be made, in place of raising.
         allow_overlap: Keep items that overlap with a suite, and record them.
         overwrite: Replace an ``out`` that is a built set.
-        jobs: Processes that draw the suites meanwhile; 1 draws them afterwards, in this one.
+        jobs: Processes that draw them meanwhile; 1 draws them afterwards, in this one.
         progress: Called with a source or suite, items done and items in all.
 
     Returns:
@@ -108,12 +108,19 @@ def build_set(
             set that only did not get its name is kept, and the error says where.
     """
     paths = (getattr(source, "path", None) for source in spec.sources)
-    require_unread(out, [base, *(base / path for path in paths if path)])
-    with _staged(out, overwrite=overwrite) as folder:
+    require_unread(out, [base], within=True)  # OUT mostly lies beside the spec
+    read = [base / path for path in paths if path]
+    apart = _are_apart(spec.sources)
+    with (
+        staged_folder(out, sources=read, overwrite=overwrite, kind=FORMAT) as folder,
+        writing(out),
+    ):
         builder = _Builder(spec, folder, base, processor, skip_bad, progress)
-        with _suite_prints(suites, jobs) as theirs:
+        with comparison({} if apart else suites, against, kept, jobs) as compare:
             builder.add_all()
-            overlaps = _check_overlaps(builder.prints, theirs, len(suites), allow_overlap, progress)
+            overlaps = compare(builder.prints, progress)
+        if not allow_overlap:
+            _refuse_overlaps(overlaps)
         write_table(builder.rows, folder)
         builder.sheet.save(folder / SHEET)
         manifest: dict[str, Any] = {
@@ -124,7 +131,11 @@ def build_set(
             "processor": describe_processor(processor),
             "summary": summarize(builder.rows),
             "sources": [asdict(record) for record in builder.records],
-            "overlap": {"suites": list(suites), "found": [asdict(overlap) for overlap in overlaps]},
+            "overlap": {
+                "suites": [*([] if apart else suites), *against],
+                "apart": list(suites) if apart else [],
+                "found": [asdict(overlap) for overlap in overlaps],
+            },
             "versions": _versions(),
         }
         write_manifest(manifest, folder)
@@ -247,102 +258,22 @@ def _require_enough(source: Source, record: SourceRecord, num_taken: int) -> Non
         )
 
 
-def _check_overlaps(
-    prints: Fingerprints,
-    suites: SuitePrints,
-    num_suites: int,
-    allow: bool,
-    progress: Progress | None,
-) -> list[Overlap]:
-    overlaps: list[Overlap] = []
-    for number, (name, theirs) in enumerate(suites, start=1):
-        overlaps += find_overlaps(prints, theirs, name)
-        if progress is not None:
-            progress("compared with suites", number, num_suites)
-    if overlaps and not allow:
-        named = ", ".join(
-            f"{overlap.item_id} shares a {overlap.kind} with {overlap.other_id} of {overlap.suite}"
-            for overlap in overlaps[:_NUM_NAMED]
-        )
-        rest = f" and {len(overlaps) - _NUM_NAMED} more" if len(overlaps) > _NUM_NAMED else ""
+def _refuse_overlaps(overlaps: Sequence[Overlap]) -> None:
+    if overlaps:
+        named = [
+            f"{found.item_id} shares a {found.kind} with {found.other_id} of {found.suite}"
+            for found in overlaps
+        ]
         raise DataError(
-            f"the set overlaps with what is held out from it: {named}{rest}; leave these out, "
-            "or say --allow-overlap, which records them"
+            "the set overlaps with what is held out from it: "
+            f"{name_some(named, limit=_NUM_NAMED)}; leave these out, or say --allow-overlap, which "
+            "records them"
         )
-    return overlaps
 
 
-@contextmanager
-def _suite_prints(suites: Suites, jobs: int) -> Iterator[SuitePrints]:
-    """Give the fingerprints of every suite in order, drawn beside whatever is done meanwhile."""
-    if jobs == 1:
-        yield ((name, _prints_of(items)) for name, items in suites.items())
-        return
-    # spawned, for forking a process that has threads of torch's can hang
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield zip(suites, pool.map(_prints_of, suites.values()), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _prints_of(items: Callable[[], Iterable[Item]]) -> Fingerprints:
-    return Fingerprints.of(items())
-
-
-@contextmanager
-def _staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to write in, which becomes ``out`` when everything is written."""
-    _require_free(out, overwrite=overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be made ({error.strerror})") from None
-    try:
-        with writing(out):
-            folder.chmod(0o755)
-            yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    _replace(out, folder, overwrite=overwrite)
-
-
-def _require_free(out: Path, *, overwrite: bool) -> None:
-    with writing(out):
-        if not out.exists() and not out.is_symlink():
-            return
-        if not overwrite:
-            raise OutputError(f"{out}: exists; name another, or say --overwrite")
-        if out.is_symlink() or not is_built(out):
-            raise OutputError(f"{out}: exists; it is no calibration set, or a link; name another")
-
-
-def _replace(out: Path, folder: Path, *, overwrite: bool) -> None:
-    """Give a finished folder the name ``out``; what stands there is removed after that."""
-    kept = f"the finished set is kept as {folder}"
-    try:
-        _require_free(out, overwrite=overwrite)
-    except OutputError as error:  # made by somebody else meanwhile
-        raise OutputError(f"{error}; {kept}") from None
-    old = folder.with_name(f"{folder.name}.old")
-    try:
-        if out.exists():
-            out.rename(old)
-        try:
-            folder.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{out}: the finished set cannot get this name ({error.strerror}); {kept}"
-        ) from error
-    if old.exists():
-        with writing(old):
-            shutil.rmtree(old)
+def _are_apart(sources: Sequence[Source]) -> bool:
+    """Tell whether no suite can have an item of these: no answer is of both splits."""
+    return all(isinstance(source, Documents) and source.split == "train" for source in sources)
 
 
 def _versions() -> dict[str, str]:

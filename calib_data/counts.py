@@ -13,7 +13,7 @@ from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.model.prompt import Message, ends_with_question
-from nvvl.model.tiling import choose_grid
+from nvvl.model.tiling import count_tiles
 from nvvl.model.video import frame_labels
 
 
@@ -49,7 +49,17 @@ def count_tokens(item: Item, processor: Processor) -> TokenCounts:
             or the turns cannot be rendered.
     """
     config = processor.config
-    tiles = tuple(_num_tiles(image.width, image.height, processor) for image in item.images)
+    processor.check_placeholders(item.messages, item.images, item.videos)
+    tiles = tuple(
+        count_tiles(
+            image.width,
+            image.height,
+            tile_size=config.image_size,
+            max_num_tiles=processor.max_num_tiles,
+            use_thumbnail=config.use_thumbnail,
+        )
+        for image in item.images
+    )
     num_frames = sum(len(video.frames) for video in item.videos)
     ids: list[int] = []
     num_answer = 0
@@ -87,30 +97,10 @@ def describe_processor(processor: Processor) -> dict[str, object]:
     }
 
 
-def _num_tiles(width: int, height: int, processor: Processor) -> int:
-    columns, rows = choose_grid(
-        width,
-        height,
-        tile_size=processor.config.image_size,
-        max_num_tiles=processor.max_num_tiles,
-    )
-    num_tiles = columns * rows
-    return num_tiles + (processor.config.use_thumbnail and num_tiles > 1)
-
-
 def _stand_ins(item: Item, processor: Processor) -> list[Message]:
     """Write one image token for each image, and the lines of each video with one a frame."""
     config = processor.config
     one = f"{config.image_start_token}{config.image_token}{config.image_end_token}"
-    given = {config.image_token: len(item.images), config.video_token: len(item.videos)}
-    for token, count in given.items():
-        if any(
-            token in message.content for message in item.messages if message.role == "assistant"
-        ):
-            raise DataError(f"messages: an assistant turn holds the placeholder {token}")
-        found = sum(message.content.count(token) for message in item.messages)
-        if found != count:
-            raise DataError(f"messages: {found} {token} placeholders for {count} files")
     videos = iter(item.videos)
     messages = []
     for message in item.messages:

@@ -94,21 +94,28 @@ class Fingerprints:
 def find_overlaps(ours: Fingerprints, theirs: Fingerprints, suite: str) -> list[Overlap]:
     """Find calibration items that share a picture or a text with a suite, each once a kind."""
     found: dict[tuple[str, str], Overlap] = {}
-    if ours.pictures and theirs.pictures:
-        mines, others = (
-            np.stack([pair[0] for pair in prints.pictures]).astype(np.float32)
-            for prints in (ours, theirs)
-        )
-        for mine, place in np.argwhere(mines @ others.T >= MIN_COSINE):
-            if _cosine(ours.pictures[mine][1], theirs.pictures[place][1]) >= MIN_COSINE:
-                owner = ours.owners[mine]
-                overlap = Overlap(owner, suite, theirs.owners[place], "picture")
-                found.setdefault((owner, "picture"), overlap)
+    for mine, place in coarse_matches(stack_coarse(ours), stack_coarse(theirs)):
+        if _cosine(ours.pictures[mine][1], theirs.pictures[place][1]) >= MIN_COSINE:
+            owner = ours.owners[mine]
+            overlap = Overlap(owner, suite, theirs.owners[place], "picture")
+            found.setdefault((owner, "picture"), overlap)
     for text in sorted(ours.texts.keys() & theirs.texts.keys()):
         for owner in ours.texts[text]:
             overlap = Overlap(owner, suite, theirs.texts[text][0], "text")
             found.setdefault((owner, "text"), overlap)
     return sorted(found.values(), key=lambda overlap: (overlap.item_id, overlap.kind))
+
+
+def stack_coarse(prints: Fingerprints) -> Edges:
+    """Return the coarse edges of every picture: (pictures, 2 * 32 * 32) float16."""
+    coarse = [pair[0] for pair in prints.pictures]
+    return np.stack(coarse) if coarse else np.empty((0, 2 * _COARSE**2), np.float16)
+
+
+def coarse_matches(ours: Edges, theirs: Edges) -> NDArray[np.intp]:
+    """Find the pictures that agree coarsely: (matches, 2), rows of ``ours`` and of ``theirs``."""
+    cosines = ours.astype(np.float32) @ theirs.astype(np.float32).T
+    return np.argwhere(cosines >= MIN_COSINE)
 
 
 def picture_edges(image: Image.Image, side: int) -> Edges | None:

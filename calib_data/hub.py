@@ -19,12 +19,14 @@ from nvvl.calib_data.source_spec import Hub
 from nvvl.calib_data.sources import ItemSource
 from nvvl.calib_data.streams import open_dataset
 from nvvl.calib_data.text_files import first_words, passage_item
-from nvvl.errors import DataError, first_line
+from nvvl.errors import DataError, first_line, name_some
 from nvvl.model.prompt import Message
 from nvvl.model.tiling import open_image
 
 # Builders that read files of the user's own.
 LOCAL_BUILDERS = ("json", "parquet")
+
+_NUM_NAMED = 20  # columns or files that an error names
 
 # Where images that a row only names may be.
 _REMOTE = ("https://", "http://", "hf://", "s3://", "gs://")
@@ -67,7 +69,7 @@ def _stream(source: Hub, seed: int, base: Path) -> Iterator[Mapping[str, Any]]:
         if absent or not files:
             raise DataError(
                 f"{_name(source)}: required data_files that exist, "
-                f"{', '.join(absent) + ' do not' if absent else 'got none'}"
+                f"{name_some(absent, limit=_NUM_NAMED) + ' do not' if absent else 'got none'}"
             )
     try:
         stream = open_dataset(
@@ -106,7 +108,8 @@ def _check_columns(source: Hub, found: list[str]) -> None:
     missing = sorted({column for column in wanted if column} - set(found))
     if missing:
         raise DataError(
-            f"{_name(source)}: no column {', '.join(missing)}; there are {', '.join(found)}"
+            f"{_name(source)}: no column {', '.join(missing)}; there are "
+            f"{name_some(found, limit=_NUM_NAMED)}"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.sources import ItemSource, failing_source, file_source
-from nvvl.errors import DataError
+from nvvl.errors import DataError, name_some
 from nvvl.model.prompt import Message, is_text
 
 _KEYS = ("id", "image", "images", "video", "messages")
@@ -77,7 +77,9 @@ def _parse_line(line: str, folder: Path, default_id: str) -> ItemSource:
             "from (human, gpt) and value"
         )
     if unknown:
-        raise DataError(f"unknown key {', '.join(unknown)}; required any of {', '.join(_KEYS)}")
+        raise DataError(
+            f"unknown key {name_some(unknown, limit=5)}; required any of {', '.join(_KEYS)}"
+        )
     images = _parse_images(row, folder)
     videos = (_find(folder, row["video"], "video"),) if "video" in row else ()
     messages = parse_messages(row.get("messages"))

@@ -15,7 +15,7 @@ class LazyItems(Sequence[Item]):
     """Items that are drawn or read anew at each access, so that a set takes no memory."""
 
     def __init__(self, sources: Sequence[ItemSource]) -> None:
-        self._sources = tuple(sources)
+        self._sources = sources
 
     def __len__(self) -> int:
         return len(self._sources)

@@ -119,12 +119,18 @@ def _match(
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             if number not in bad:
                 bad.add(number)
-                yield failing_source(f"line {number}", DataError(f"{where}:{number}: {error!r}"))
+                yield failing_source(f"line {number}", _no_conversation(f"{where}:{number}", error))
             continue
         if names and all(name in pool for name in names):
             item_id = str(row.get("id", number))
             data = [pool[name] for name in names]
             yield ItemSource(item_id, partial(_make_item, row, data, item_id, f"{where}:{number}"))
+
+
+def _no_conversation(where: str, error: Exception) -> DataError:
+    return DataError(
+        f"{where}: required an object with messages of role and content ({error!r:.80})"
+    )
 
 
 def _image_names(row: Mapping[str, Any]) -> list[str]:
@@ -145,7 +151,7 @@ def _make_item(row: Mapping[str, Any], data: list[bytes], item_id: str, where: s
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: {error!r}") from None
+        raise _no_conversation(where, error) from None
     images = tuple(open_image(io.BytesIO(blob), name=where) for blob in data)
     return Item(item_id=item_id, messages=messages, images=images)
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from nvvl.calib_data.documents import KINDS
 from nvvl.calib_data.drawing import Split
-from nvvl.calib_data.sources import DEFAULT_QUESTION, PASSAGE
-from nvvl.calib_data.strict import require_at_least, require_choice
+from nvvl.calib_data.sources import DEFAULT_QUESTION, NUM_NUMBERS, PASSAGE
+from nvvl.calib_data.strict import require_choice, require_within
 from nvvl.errors import DataError
 
 
@@ -38,7 +38,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.count is None and self.endless:
             raise DataError(f"{self.kind}: required count, for this kind of source has no end")
-        require_at_least(1, self.count, f"{self.kind}.count")
+        require_within(1, self.count, f"{self.kind}.count")
+        require_within(0, self.seed, f"{self.kind}.seed")
         path = getattr(self, "path", "")  # of those that have one
         if "\0" in path:
             raise DataError(f"{self.kind}.path: required a path, without NUL, got {path!r:.60}")
@@ -63,6 +64,7 @@ class Documents(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_within(1, self.count, "documents.count", most=NUM_NUMBERS)
         for kind in self.kinds:
             require_choice(kind, (*KINDS, PASSAGE), "documents.kinds")
 
@@ -104,8 +106,8 @@ class Pdf(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(1, self.dpi, "pdf.dpi")
-        require_at_least(1, self.pages_per_item, "pdf.pages_per_item")
+        require_within(1, self.dpi, "pdf.dpi")
+        require_within(1, self.pages_per_item, "pdf.pages_per_item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class Text(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(2, self.words, "text.words")
+        require_within(2, self.words, "text.words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +178,8 @@ class Hub(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(0, self.shuffle, "hub.shuffle")
-        require_at_least(2, self.words, "hub.words")
+        require_within(0, self.shuffle, "hub.shuffle")
+        require_within(2, self.words, "hub.words")
         asked = (self.question, self.prompt)
         ways = [self.text is not None, self.messages is not None, any(asked)]
         if sum(ways) != 1 or all(asked):
@@ -208,7 +210,7 @@ class Shards(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(0, self.first_shard, "shards.first_shard")
+        require_within(0, self.first_shard, "shards.first_shard")
 
 
 SOURCES: dict[str, type[Source]] = {

@@ -25,6 +25,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 DEFAULT_QUESTION = "Describe the image."
 CONTINUE = "Continue the text."
 PASSAGE = "passage"  # kind of items without images
+NUM_NUMBERS = 1 << 32  # of generated items that a seed has; behind them are those of the next
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def generated_items(
 def generated_item(kind: str, index: int, *, seed: int, split: Split, fonts: Split) -> ItemSource:
     """Make one generated item; its number and the seed decide what it is."""
     item_id = f"{kind}-{split}-{seed}-{index}"
-    number = (seed << 32) + index
+    number = seed * NUM_NUMBERS + index
     draw = _passage_item if kind == PASSAGE else partial(_generated_item, kind, fonts)
     return ItemSource(item_id, partial(draw, number, split, item_id))
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.calib_data.source_spec import SOURCES, Source
-from nvvl.calib_data.strict import read_table, require_at_least, require_choice
+from nvvl.calib_data.strict import read_table, require_choice, require_within
 from nvvl.errors import DataError
 from nvvl.toml_tables import near_names, read_toml
 
@@ -53,7 +53,8 @@ class SetSpec:
     def __post_init__(self) -> None:
         if not self.sources:
             raise DataError("sources: required at least one ([[sources]]), got none")
-        require_at_least(1, self.max_tokens, "max_tokens")
+        require_within(0, self.seed, "seed")
+        require_within(1, self.max_tokens, "max_tokens")
         named = [
             dataclasses.replace(source, name=source.name or f"{source.kind}{index}")
             for index, source in enumerate(self.sources, start=1)

@@ -10,6 +10,8 @@ from nvvl.errors import DataError
 
 T = TypeVar("T")
 
+MOST = 2**63 - 1  # what columns of Parquet and the generators of random numbers hold
+
 
 def read_table(cls: type[T], values: Mapping[str, Any], where: str, **read: Any) -> T:
     """Make a dataclass of plain values.
@@ -52,7 +54,9 @@ def require_choice(value: object, choices: tuple[str, ...], where: str) -> None:
     toml_tables.require_choice(value, choices, where, DataError)
 
 
-def require_at_least(least: int, value: int | None, where: str) -> None:
-    """Refuse a number that is too small; None is none."""
+def require_within(least: int, value: int | None, where: str, *, most: int = MOST) -> None:
+    """Refuse a number that is too small or too large; None is none."""
     if value is not None and value < least:
         raise DataError(f"{where}: required at least {least}, got {value}")
+    if value is not None and value > most:
+        raise DataError(f"{where}: required at most {most}, got {value}")

@@ -1,5 +1,6 @@
 """The verbs ``nvvl distill``, ``nvvl precompute`` and ``nvvl rotate``."""
 
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from nvvl.options import (
     SeedOption,
     choose_device,
 )
+from nvvl.quantize.recipe import MOST_ITEMS
 
 if TYPE_CHECKING:
     from nvvl.distill.blockwise import BlockwiseResult
@@ -159,9 +161,14 @@ def rotate(
     *,
     data: DataOption = "default",
     samples: Annotated[
-        int, typer.Option(min=2, help="Items; an eighth of them, 64 at most, are held out.")
+        int,
+        typer.Option(
+            min=2, max=MOST_ITEMS, help="Items; an eighth of them, 64 at most, are held out."
+        ),
     ] = 576,
-    steps: Annotated[int, typer.Option(min=1, help="Gradient-descent steps per rotation.")] = 400,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Gradient-descent steps per rotation.")
+    ] = 400,
     loss_tokens: Annotated[
         LossTokens, typer.Option(help="Positions that count: answers alone, or all text.")
     ] = "answers",
@@ -202,7 +209,7 @@ def rotate(
         f"{out}: of what was turned, rounding to NVFP4 is expected to do {result.harm:.2f} times "
         f"the harm; KL to {model} {result.kl:.1e} nats a token of {result.num_held_out} items"
     )
-    print(f"next: nvvl quantize nvfp4 {out} OUT")
+    print("next:", shlex.join(["nvvl", "quantize", "nvfp4", str(out), "OUT"]))
 
 
 def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_json: bool) -> None:
@@ -233,7 +240,7 @@ def _show_distilled(out: Path, result: "BlockwiseResult | DistillResult", as_jso
         print_json({"out": str(out), "bf16": str(result.bf16), **values})
         return
     print(f"{out}: {text}")
-    print(f"prove it: nvvl verify {out} --against {result.bf16}")
+    print("prove it:", shlex.join(["nvvl", "verify", str(out), "--against", str(result.bf16)]))
 
 
 def _choose_recipe(

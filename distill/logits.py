@@ -24,11 +24,12 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.losses import TopPositions, chunk_positions, take_top
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.teacher import teacher_digest
-from nvvl.errors import CheckpointError, DataError, RecipeError, writing
+from nvvl.errors import CheckpointError, DataError, RecipeError, describe_misfit, writing
 from nvvl.model.checkpoint_writer import write_safetensors
 from nvvl.model.hashing import changed_files, hash_file
 from nvvl.model.safetensors_io import read_header, read_tensor
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.quantize.identity import describe_differences
+from nvvl.staging import MANIFEST_NAME
 
 _FORMAT = "nvvl teacher logits 1"
 _PARTS = ("tokens", "log_probs", "log_tail")
@@ -63,13 +64,16 @@ class StoredLogits:
             if manifest["format"] != _FORMAT:
                 raise ValueError(f"format {manifest['format']!r}")
         except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a folder of teacher logits ({error!r})") from None
+            raise CheckpointError(
+                f"{path}: not a folder of teacher logits ({describe_misfit(error)}); "
+                "give one that nvvl precompute wrote"
+            ) from None
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        differing = sorted(k for k in identity if found.get(k) != identity[k])
+        differing = describe_differences(found, identity)
         if differing:
             raise CheckpointError(
-                f"{folder}: the logits were made with another {', '.join(differing)}; give another "
-                "folder, or make them again with --overwrite"
+                f"{folder}: the logits were made otherwise: {'; '.join(differing)}; give another "
+                "folder, or make them again: nvvl precompute ... --overwrite"
             )
         changed = changed_files(folder, files)
         if changed:

@@ -9,9 +9,11 @@ from nvvl.distill.data import DistillData
 from nvvl.distill.logits import LogitsWriter, logits_identity, require_logits_suffice
 from nvvl.distill.prepare import Preparer
 from nvvl.distill.recipe import DistillRecipe
+from nvvl.errors import RecipeError
+from nvvl.model.config import VLMConfig
 from nvvl.model.load import load_model
 from nvvl.progress import Progress
-from nvvl.quantize.staging import staged_folder
+from nvvl.staging import staged_folder
 
 # Items that are made ready together: enough to fill rows, few enough to hold their pixels.
 _GROUP = 16
@@ -46,11 +48,17 @@ def precompute_logits(
         Positions written.
 
     Raises:
-        RecipeError: if the recipe needs more of the teacher than its logits.
+        RecipeError: if the recipe needs more of the teacher than its logits, or the teacher has
+            fewer tokens.
         DataError: if an item cannot be used.
         OutputError: if ``out`` exists, or the disk is full.
     """
     require_logits_suffice(recipe)
+    vocabulary = VLMConfig.from_folder(teacher).language.vocab_size
+    if num_tokens > vocabulary:
+        raise RecipeError(
+            f"--top {num_tokens}: {teacher} knows {vocabulary} tokens; give as many or fewer"
+        )
     sources = [teacher, *items.files]
     with staged_folder(out, sources=sources, overwrite=overwrite) as folder, torch.no_grad():
         device = torch.device(device)

@@ -27,6 +27,8 @@ _POSITIVE = (
     "num_validation_items",
     "validate_every",
 )
+_MOST = 1_000_000_000
+_MOST_ITEMS = 10_000_000  # a list of more does not fit in memory
 # What only the training of the whole model has.
 _OF_WHOLE = (
     "loss",
@@ -128,7 +130,12 @@ class DistillRecipe:
             raise RecipeError(
                 "recalibrate_inputs: the input scales are learned already (trainable); choose one"
             )
-
+        if self.num_items > _MOST_ITEMS:
+            raise RecipeError(
+                f"num_steps: {self.num_steps} of {self.items_per_step} items each and "
+                f"{self.num_validation_items} for validation make {self.num_items} items; required "
+                f"at most {_MOST_ITEMS}"
+            )
         if self.method == "layers":
             self._check_layers()
 
@@ -204,16 +211,20 @@ class DistillRecipe:
             if not isinstance(value, bool):
                 raise RecipeError(f"{key}: required true or false, got {value!r}")
         elif key in _POSITIVE:
-            if type(value) is not int or value < 1:
-                raise RecipeError(f"{key}: required an integer of at least 1, got {value!r}")
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise RecipeError(f"{key}: required an integer from 1 to {_MOST}, got {value!r}")
         elif key != "trainable":
             low, high = _range_of(key)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RecipeError(f"{key}: required a number, got {value!r}")
-            if not low <= value <= high or (key == "learning_rate" and value == 0):
+            if key == "learning_rate":
+                if not low < value <= high:
+                    raise RecipeError(f"{key}: required above 0 and at most 1, got {value!r}")
+            elif key in ("ema_decay", "video_pruning_rate"):
+                if not low <= value < high:
+                    raise RecipeError(f"{key}: required 0 or more and below 1, got {value!r}")
+            elif not low <= value <= high:
                 raise RecipeError(f"{key}: required {low} to {high:g}, got {value!r}")
-            if key in ("ema_decay", "video_pruning_rate") and value == 1:
-                raise RecipeError(f"{key}: required less than 1, got {value!r}")
 
 
 def _range_of(key: str) -> tuple[float, float]:

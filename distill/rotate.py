@@ -39,7 +39,7 @@ from nvvl.model.vlm import NemotronNanoVL
 from nvvl.progress import Progress
 from nvvl.quantize.formats import BLOCK_SIZE
 from nvvl.quantize.side_files import ROTATION_NAME
-from nvvl.quantize.staging import staged_folder
+from nvvl.staging import staged_folder
 
 # Items in one row of the two passes; as the distillation of the embedded model has them.
 _ITEMS_PER_ROW = 8

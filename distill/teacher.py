@@ -12,13 +12,13 @@ from typing import Any
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.data import DistillData
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.errors import CheckpointError, ConfigError
+from nvvl.errors import CheckpointError, ConfigError, name_some
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.hashing import changed_files, hash_file
 from nvvl.model.processor import Processor
 from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.manifest import Manifest
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 
 def check_run(run: Path, teacher: Path) -> Manifest:
@@ -101,8 +101,8 @@ def _check_unchanged(written: Checkpoint, manifest: Manifest) -> None:
     faults += changed_files(written.folder, manifest.files)
     if faults:
         raise CheckpointError(
-            f"{written.folder}: not what its manifest says: {_shorten(faults)}; run nvvl verify on "
-            "it, and quantize the source again"
+            f"{written.folder}: not what its manifest says: {name_some(faults, limit=3)}; run "
+            "nvvl verify on it, and quantize the source again"
         )
 
 
@@ -115,11 +115,6 @@ def _check_source(source: Checkpoint, manifest: Manifest, run: Path) -> None:
     ]
     if faults:
         raise CheckpointError(
-            f"{run}: was not made from {source.folder}: {_shorten(faults)} differ; give its own "
-            "source as the teacher"
+            f"{run}: was not made from {source.folder}: {name_some(faults, limit=3)} differ; "
+            "give its own source as the teacher"
         )
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -131,7 +131,8 @@ def distill(
         ConfigError: if run and teacher are of different models.
         CheckpointError: if the run is not what its manifest says, or of another teacher.
         DataError: if an item cannot be used, or none is left to train on.
-        RecipeError: if the recipe is one for single layers.
+        RecipeError: if the recipe is one for single layers, or a state is to be sliced for one
+            process.
         TrainingError: if a loss is not finite, or training diverges.
         HardwareError: if events are asked for, and the package that writes them is missing.
         OutputError: if an output exists, holds another run or what is read, is written by another
@@ -147,6 +148,11 @@ def distill(
             if recipe.method != "whole":
                 raise RecipeError(
                     f'method: required "whole", got "{recipe.method}"; see distill_blockwise'
+                )
+            if how.shard and processes.count == 1:
+                raise RecipeError(
+                    "--shard: slices the state over several processes, and there is one; start "
+                    "them with torchrun, or leave it out"
                 )
             if how.logits is not None:
                 require_logits_suffice(recipe)
@@ -276,7 +282,7 @@ class Trainer:
             recipe,
             processes=processes,
             take_layers=logits is not None,
-            shard=how.shard and processes.count > 1,
+            shard=how.shard,
         )
         self.optimizer = Optimizer(self.student, recipe, processes)
         self.prepare = Preparer(model, recipe, device=processes.device, logits=logits)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import nvvl
 from nvvl.distill.recipe import Method
-from nvvl.errors import CheckpointError, OutputError, writing
+from nvvl.errors import CheckpointError, OutputError, describe_misfit, writing
 from nvvl.model.hashing import changed_files
 from nvvl.model.safetensors_io import TensorInfo, read_tensor
+from nvvl.quantize.identity import describe_differences
 from nvvl.quantize.manifest import library_versions
-from nvvl.quantize.staging import locked
+from nvvl.staging import locked
 
 LOG_NAME = "log.jsonl"
 
@@ -113,8 +114,8 @@ class TrainFolder:
                 raise TypeError("identity and files")
         except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.path}: not a training state of nvvl ({error!r}); pass --overwrite to start "
-                "again"
+                f"{self.path}: not a training state of nvvl ({describe_misfit(error)}); pass "
+                "--overwrite to start again"
             ) from None
         return state
 
@@ -176,12 +177,11 @@ class TrainFolder:
                 )
 
     def _refuse_other_identity(self, found: Mapping[str, Any]) -> None:
-        keys = found.keys() | self.identity.keys()
-        differing = sorted(k for k in keys if found.get(k) != self.identity.get(k))
+        differing = describe_differences(found, self.identity)
         if differing:
             raise OutputError(
-                f"{self.folder}: holds a run with another {', '.join(differing)}; give the same "
-                "settings to go on with it, pass --overwrite to discard it, or choose another OUT"
+                f"{self.folder}: holds a run with other settings: {'; '.join(differing)}; give "
+                "the same to go on with it, pass --overwrite to discard it, or choose another OUT"
             )
 
 

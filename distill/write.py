@@ -33,8 +33,8 @@ from nvvl.quantize.side_files import (
     read_recipe,
     write_side_files,
 )
-from nvvl.quantize.staging import staged_folder
 from nvvl.quantize.targets import list_linears, quantized_only
+from nvvl.staging import staged_folder
 
 
 @contextmanager

@@ -5,10 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from nvvl.errors import EngineError
 from nvvl.export.answer import Backend, TorchBackend
 from nvvl.export.onnx_extra import require_onnx
 
 BackendName = Literal["torch", "onnx", "engine"]
+
+# What a folder may hold, and what runs it.
+_RUN_BY: dict[str, tuple[BackendName, ...]] = {
+    "engines": ("engine",),
+    "ONNX graphs": ("onnx",),
+    "a checkpoint": ("torch", "onnx"),
+}
 
 
 @contextlib.contextmanager
@@ -25,8 +33,10 @@ def open_backend(
     Raises:
         HardwareError: if onnxruntime, the engines' library or their GPU is missing.
         CheckpointError: if the checkpoint is not what it should be.
-        EngineError: if the graphs or engines are not.
+        EngineError: if the graphs or engines are not, or the folder holds what another backend
+            runs.
     """
+    _require_kind(folder, backend)
     if backend == "torch":
         from nvvl.quantize.load import load_any
 
@@ -45,3 +55,14 @@ def open_backend(
 
     with open_graphs(folder) as graphs:
         yield GraphBackend(graphs), describe(graphs)
+
+
+def _require_kind(folder: Path, backend: BackendName) -> None:
+    """Refuse a folder that another backend runs, rather than miss its files one by one."""
+    kind = "a checkpoint"
+    if any(folder.glob("*.engine")):
+        kind = "engines"
+    elif any(folder.glob("*.onnx")) and not any(folder.glob("model*.safetensors")):
+        kind = "ONNX graphs"
+    if backend not in _RUN_BY[kind]:
+        raise EngineError(f"{folder}: holds {kind}; pass --backend {_RUN_BY[kind][0]}")

@@ -1,5 +1,6 @@
 """The verbs ``nvvl plan``, ``nvvl verify``, ``nvvl export onnx`` and ``nvvl chat``."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from nvvl.options import (
     RecipeOption,
     choose_device,
 )
-from nvvl.quantize.command import choose_recipe
+from nvvl.quantize.command import SamplesOption, choose_recipe, refuse_unused
 
 if TYPE_CHECKING:
     from nvvl.model.processor import ModelInputs, Processor
@@ -32,9 +33,7 @@ def plan(
     preset: Annotated[
         Preset, typer.Option("--format", help="fp8, nvfp4, nvfp4-w4a16 or mixed.")
     ] = "nvfp4",
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
-    ] = None,
+    samples: SamplesOption = None,
     recipe: RecipeOption = None,
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where the run would compute.")
@@ -53,6 +52,8 @@ def plan(
     from nvvl.quantize.plan_text import plan_lines, plan_table
 
     chosen = choose_recipe(preset, recipe, samples)
+    if not chosen.is_calibrated:
+        refuse_unused(f"recipe {chosen.name}", {"--samples": samples})
     planned = make_plan(resolve_model(model, weights=False), chosen, device=device)
     limits = None
     if memory is not None:
@@ -135,15 +136,19 @@ def chat(
             "engine: MODEL is what nvvl export engine wrote, on a GPU."
         ),
     ] = "torch",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token; above 0 samples.")
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Sample from the likeliest tokens that reach this sum."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample from the likeliest tokens that together reach this probability.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Sampling seed.")] = 0,
     think: Annotated[
         bool, typer.Option("--think", help="Reason first, as with /think in the question.")
     ] = False,
@@ -302,4 +307,4 @@ def onnx(
         return
     for name, size in result.files.items():
         print(f"{name:24} {size:>14,}")
-    print(f"prove it: nvvl verify {resolve_model(run)} --onnx {dest}")
+    print("prove it:", shlex.join(["nvvl", "verify", str(resolve_model(run)), "--onnx", str(dest)]))

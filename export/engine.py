@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import nvvl
-from nvvl.errors import EngineError, require_disk
+from nvvl.errors import EngineError, require_disk, require_unread
 from nvvl.export.engine_graphs import GraphSet, open_graphs
 from nvvl.export.engine_memory import available_memory, require_build_memory
 from nvvl.export.engine_process import BuiltEngine, run_build
@@ -34,7 +34,7 @@ from nvvl.export.shape_profile import Span, choose_spans, make_shape_profile
 from nvvl.model.hashing import hash_file
 from nvvl.progress import Progress
 from nvvl.quantize.manifest import write_json
-from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
+from nvvl.staging import MANIFEST_NAME, staged_folder
 
 LOG_NAME = "build.log"
 
@@ -82,7 +82,7 @@ class EngineOptions:
             weight_bytes,
             available_memory() if self.memory_bytes is None else self.memory_bytes,
             layer_bytes=layer_bytes,
-            allowed_by="this machine has free" if self.memory_bytes is None else "--memory allows",
+            is_option=self.memory_bytes is not None,
         )
 
 
@@ -131,7 +131,8 @@ def build_engines(
         OutputError: if ``dest`` exists, or the disk is too small.
     """
     dest = dest.absolute()  # "." would mean a removed folder, once the current one is replaced
-    with staged_folder(dest, sources=[graphs_folder], overwrite=overwrite) as folder:
+    require_unread(dest, [graphs_folder], within=True)  # engines may lie beside their graphs
+    with staged_folder(dest, sources=(), overwrite=overwrite) as folder:
         engines = build_into(folder, graphs_folder, dest, options, progress, command)
     return EngineResult(folder=dest, engines=engines)
 

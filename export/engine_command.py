@@ -38,7 +38,10 @@ def engine(
     ] = None,
     parts: Annotated[
         int | None,
-        typer.Option(min=1, help="Consecutive engines of the language model, each smaller."),
+        typer.Option(
+            min=1,
+            help="Consecutive engines of the language model, 1 to its number of layers.",
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import EngineError, HardwareError
+from nvvl.errors import EngineError, HardwareError, describe_misfit
 from nvvl.export.engine_targets import BUILDERS, Builder
 from nvvl.model.hashing import changed_files
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,9 @@ def open_engine_folder(folder: Path) -> EngineFolder:
             "wrote"
         ) from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{path}: not a manifest of engines ({error!r}); build again") from None
+        raise EngineError(
+            f"{path}: not a manifest of engines ({describe_misfit(error)}); build again"
+        ) from None
     changed = changed_files(folder, recorded)
     if changed:
         raise EngineError(

@@ -27,7 +27,7 @@ def require_build_memory(
     allowed_bytes: int,
     *,
     layer_bytes: Sequence[int] = (),
-    allowed_by: str = "this machine has",
+    is_option: bool = False,
 ) -> None:
     """Refuse a build that is not going to fit.
 
@@ -36,7 +36,7 @@ def require_build_memory(
         weight_bytes: Of the graph, or of its largest part.
         allowed_bytes: What may be used.
         layer_bytes: Weights of what the graph can be split into, in order; empty if it cannot.
-        allowed_by: Who says so.
+        is_option: Whether ``--memory`` says so, and not the machine.
 
     Raises:
         HardwareError: saying what it would take, and in how many parts it would fit.
@@ -44,10 +44,12 @@ def require_build_memory(
     needed = estimate_build_memory(weight_bytes)
     if needed <= allowed_bytes:
         return
-    way_out = "build on a machine with more memory"
+    allowed_by, way_out = "this machine has free", "build on a machine with more memory"
+    if is_option:
+        allowed_by, way_out = "--memory allows", "allow more"
     for num_parts in range(2, len(layer_bytes) + 1):
         if estimate_build_memory(largest_part(layer_bytes, num_parts)) <= allowed_bytes:
-            way_out += f", or give --parts {num_parts}"
+            way_out += f", or build from the checkpoint with --parts {num_parts}"
             break
     raise HardwareError(
         f"{name}: building takes about {needed / 1e9:.1f} GB ({_COPIES} times its weights of "

@@ -14,7 +14,7 @@ from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.parts import largest_part, layer_sizes
 from nvvl.export.view import CheckpointView, open_view
 from nvvl.progress import Progress
-from nvvl.quantize.staging import staged_folder
+from nvvl.staging import staged_folder
 
 
 def build_from_checkpoint(

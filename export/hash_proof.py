@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nvvl.errors import CheckpointError
+from nvvl.errors import CheckpointError, describe_misfit
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.rules_config import find_copied_files
 from nvvl.export.tensor_files import CALIBRATION_NAME, hash_tensor
@@ -62,7 +62,9 @@ class HashProof:
                 files=dict(manifest["files"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"manifest.json: not a manifest of nvvl ({error!r})") from None
+            raise CheckpointError(
+                f"manifest.json: not a manifest of nvvl ({describe_misfit(error)})"
+            ) from None
 
     def see(self, name: str, tensor: Tensor, source: Tensor | None) -> None:
         """Take in a written tensor, and the source's of that name if there is one."""

@@ -17,7 +17,7 @@ from nvvl.export.onnx_recipe import GraphRecipe
 from nvvl.export.onnx_session import GraphFolder
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.memory import require_memory
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ that they compute what the checkpoint does is `nvvl.export.onnx_parity`.
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import onnx
 import nvvl
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import load_calibration_set
-from nvvl.errors import CheckpointError, EngineError, require_disk
+from nvvl.errors import CheckpointError, EngineError, describe_misfit, require_disk
 from nvvl.export.hash_proof import changed_file_faults
 from nvvl.export.onnx_data import DataFile
 from nvvl.export.onnx_graph import Graph
@@ -46,7 +47,7 @@ from nvvl.model.hashing import changed_files, hash_file
 from nvvl.progress import Progress
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.side_files import copied_files
-from nvvl.quantize.staging import MANIFEST_NAME, staged_folder
+from nvvl.staging import MANIFEST_NAME, staged_folder
 
 EMBEDDING_NAME = "embedding.safetensors"
 RECIPE_NAME = "recipe.json"
@@ -162,7 +163,7 @@ def read_manifest(dest: Path) -> dict[str, Any]:
         is_known = is_known and isinstance(made_from["tensors"], dict)
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise EngineError(
-            f"{path}: cannot be read as a manifest ({error!r}); export again"
+            f"{path}: cannot be read as a manifest ({describe_misfit(error)}); export again"
         ) from None
     if not is_known:
         raise EngineError(f"{path}: not the manifest of a folder of graphs; export again")
@@ -211,7 +212,7 @@ def _require_unchanged_files(run: Path) -> None:
     if changed:
         raise CheckpointError(
             f"{run}: {', '.join(changed)}: changed since the checkpoint was written; quantize it "
-            f"again, and see: nvvl verify {run}"
+            f"again, and see: nvvl verify {shlex.quote(str(run))}"
         )
 
 

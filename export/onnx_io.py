@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import EngineError
+from nvvl.errors import EngineError, describe_misfit
 from nvvl.export.onnx_graph import Graph, Port
 from nvvl.export.onnx_language import list_states
 from nvvl.export.onnx_recipe import GraphRecipe
@@ -100,7 +100,9 @@ def read_io(folder: Path) -> dict[str, Any]:
             "wrote"
         ) from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{path}: not an io.json of nvvl ({error!r}); export again") from None
+        raise EngineError(
+            f"{path}: not an io.json of nvvl ({describe_misfit(error)}); export again"
+        ) from None
     for name, file in files.items():  # engines are written under these names
         if not (_is_plain(name) and _is_plain(file)):
             raise EngineError(

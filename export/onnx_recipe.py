@@ -20,6 +20,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from nvvl.errors import RecipeError
 from nvvl.toml_tables import read_toml, require_keys
 
+# Eight times the tokens that the released models are made for.
+_MOST = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRecipe:
@@ -59,8 +62,8 @@ class GraphRecipe:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind is int and (type(value) is not int or value < 1):
-                raise RecipeError(f"{name}: required a positive integer, got {value!r}")
+            if kind is int and (type(value) is not int or not 1 <= value <= _MOST):
+                raise RecipeError(f"{name}: required an integer from 1 to {_MOST}, got {value!r}")
             if kind is not int and value not in get_args(kind):
                 raise RecipeError(
                     f"{name}: required one of {', '.join(get_args(kind))}, got {value!r}"

@@ -8,13 +8,14 @@ engine. A BF16 checkpoint's is not read: the hashes of what was read go into tha
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nvvl.errors import CheckpointError
+from nvvl.errors import CheckpointError, describe_misfit
 from nvvl.export.hash_proof import HashProof
 from nvvl.export.onnx_graph import TORCH_DTYPES, GraphDtype
 from nvvl.model.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from nvvl.model.vlm import NemotronNanoVL
 from nvvl.quantize.declared import check_quantized_tensors, is_quantized, read_formats
 from nvvl.quantize.linear import QuantizedLinear
 from nvvl.quantize.recipe import Format
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 # Tensors that graphs read with `CheckpointWeights.float`, in float32 whatever the graph's dtype.
 _FLOAT_IN_GRAPHS = re.compile(r"(\.norm|\.norm_f|mlp1\.0)\.weight$|\.(A_log|D|dt_bias|pos_embed)$")
@@ -83,9 +84,10 @@ class CheckpointWeights:
         tensor = self.checkpoint.load(name)
         digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if self._recorded is not None and digest != self._recorded[name]:
+            folder = self.checkpoint.folder
             raise CheckpointError(
-                f"{self.checkpoint.folder}: {name}: bytes changed since the checkpoint was "
-                f"written; quantize it again, and see: nvvl verify {self.checkpoint.folder}"
+                f"{folder}: {name}: bytes changed since the checkpoint was written; quantize it "
+                f"again, and see: nvvl verify {shlex.quote(str(folder))}"
             )
         self.sha256[name] = digest
         return tensor
@@ -133,7 +135,9 @@ def read_hashes(folder: Path) -> HashProof:
             "nvvl wrote"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a manifest of nvvl ({error!r})") from None
+        raise CheckpointError(
+            f"{path}: not a manifest of nvvl ({describe_misfit(error)})"
+        ) from None
 
 
 def _require_same_names(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> None:

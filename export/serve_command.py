@@ -24,10 +24,10 @@ def serve(
     """Check a checkpoint by a server's rules and print the command that serves it."""
     from nvvl.console import print_json
     from nvvl.export.serve import make_serving_plan
-    from nvvl.export.view import open_view
+    from nvvl.export.view import open_source, open_view
     from nvvl.model.resolve import resolve_model
 
-    source = None if against is None else open_view(resolve_model(against), strays=False)
+    source = None if against is None else open_source(resolve_model(against))
     plan = make_serving_plan(open_view(resolve_model(run), source=source), server)
     if as_json:
         print_json(plan.to_dict())

@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvvl.errors import CheckpointError, writing
+from nvvl.errors import CheckpointError, EngineError, writing
 from nvvl.export.checks import Check, judge, not_checked
 from nvvl.export.logits_proof import leave_out, prove_logits
 from nvvl.export.onnx_extra import require_onnx
 from nvvl.export.server_rules import check_server_rules
 from nvvl.export.tensor_proof import prove_tensors
-from nvvl.export.view import CheckpointView, open_view
+from nvvl.export.view import open_source, open_view
 from nvvl.model.hashing import hash_file
 from nvvl.progress import Progress
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from nvvl.calib_data.items import Item
@@ -38,6 +38,9 @@ _READABLE = ("A1", "files can be read")
 # Rules of server configs, of the rest of config.json, of side files and of stray ones: a checkpoint
 # that breaks only these still has the tensors it should have.
 _OTHER_RULES = ("C", "E", "A2", "H3", "N8")
+
+# Without one of these no byte was compared with anything: hashes, the source's values, graphs.
+_PROOFS = ("H1", "V1", "O1")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed; checks that could not run do not fail."""
-        return all(check.passed is not False for check in self.checks)
+        """Whether no check failed, and bytes were compared with a manifest, source or graphs.
+
+        Else checks that could not run do not fail.
+        """
+        return not self._failed and any(c.passed and c.rule in _PROOFS for c in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -88,10 +94,7 @@ class VerificationReport:
             if check.passed is not True
         ]
         counts = ", ".join(f"{count} {status}" for status, count in self._counts().items())
-        return [
-            *lines,
-            f"{self.folder}: {'verified' if self.passed else 'NOT verified'} ({counts})",
-        ]
+        return [*lines, f"{self.folder}: {self._verdict()} ({counts})"]
 
     def write_report(self, path: Path) -> None:
         """Write the report as JSON.
@@ -101,6 +104,23 @@ class VerificationReport:
         """
         with writing(path):
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def _failed(self) -> bool:
+        return any(check.passed is False for check in self.checks)
+
+    def _verdict(self) -> str:
+        if self._failed:
+            return "NOT verified"
+        if not self.passed:
+            return (
+                f"NOT verified: without {MANIFEST_NAME} and without the source there is nothing to "
+                "compare its bytes with; give --against MODEL"
+            )
+        if self.source is not None:
+            return "verified"
+        by = f"by its {MANIFEST_NAME}" if self.manifest_sha256 else "as what its graphs compute"
+        return f"verified {by} alone; give --against MODEL to compare values and logits"
 
     def _counts(self) -> dict[str, int]:
         statuses = [check.status for check in self.checks]
@@ -130,18 +150,27 @@ def verify(
         The report; faults in ``out`` are failed checks, not exceptions.
 
     Raises:
-        CheckpointError: if ``out`` is not a folder, or ``source`` cannot be read or is quantized.
+        CheckpointError: if ``out`` is not a folder, or one in which nothing was quantized or
+            recorded that could be proved, or if ``source`` cannot be read or is quantized.
+        EngineError: if ``graphs`` holds none.
         HardwareError: if there are graphs and nothing is installed that runs them.
     """
     if graphs is not None:
         require_onnx(runtime=True)
+        _require_graphs(graphs)
     if not out.is_dir():
         raise CheckpointError(f"{out}: no such folder; give one that nvvl quantize wrote")
-    source_view = None if source is None else _open_source(source)
+    source_view = None if source is None else open_source(source)
     try:
         view = open_view(out, source=source_view)
     except CheckpointError as fault:
         return VerificationReport(out, source, (judge(*_READABLE, [str(fault)]),))
+    manifest = out / MANIFEST_NAME
+    if not (view.is_quantized or graphs is not None or manifest.exists()):
+        raise CheckpointError(
+            f"{out}: nothing in it is quantized, and it has no {MANIFEST_NAME}, so there is "
+            "nothing to prove; give a folder that nvvl quantize or distill wrote"
+        )
     tensors = prove_tensors(view, progress=progress)
     checks = [judge(*_READABLE, ()), *check_server_rules(view), *tensors.checks]
     broken = any(c.passed is False and not c.rule.startswith(_OTHER_RULES) for c in checks)
@@ -155,19 +184,17 @@ def verify(
         checks += prove_logits(out, source, probe_items=probe_items)
     if graphs is not None:
         checks += _prove_graphs(out, graphs, broken, probe_items, progress)
-    manifest = out / MANIFEST_NAME
     digest = hash_file(manifest) if manifest.is_file() else None
     return VerificationReport(out, source, tuple(checks), tensors.sqnr_db, digest)
 
 
-def _open_source(source: Path) -> CheckpointView:
-    view = open_view(source, strays=False)
-    if any(view.stored(fqn) != "bf16" for fqn in view.linears):
-        raise CheckpointError(
-            f"{source}: holds quantized weights; required the BF16 checkpoint that they were made "
-            "from"
+def _require_graphs(graphs: Path) -> None:
+    from nvvl.export.onnx_io import IO_NAME
+
+    if not (graphs / IO_NAME).is_file():
+        raise EngineError(
+            f"{graphs}: holds no {IO_NAME}; required a folder that nvvl export onnx wrote"
         )
-    return view
 
 
 def _prove_graphs(

@@ -156,6 +156,12 @@ class CheckpointView:
         """What vLLM goes by: config.json's quantization_config, else hf_quant_config.json."""
         return self.config_declaration or self.hf_declaration
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are quantized, or declared to be, by whichever tool."""
+        declared = self.hf_quant_config or self.config.get("quantization_config")
+        return declared is not None or any(self.stored(fqn) != "bf16" for fqn in self.linears)
+
     @cached_property
     def config_declaration(self) -> Declaration | None:
         """The declaration in config.json."""
@@ -252,6 +258,21 @@ def open_view(
         folder=folder,
         source=source,
     )
+
+
+def open_source(folder: Path) -> CheckpointView:
+    """Open the BF16 checkpoint that another is compared with.
+
+    Raises:
+        CheckpointError: as `open_view`, or if its weights are quantized.
+    """
+    view = open_view(folder, strays=False)
+    if view.is_quantized:
+        raise CheckpointError(
+            f"{folder}: holds quantized weights; required the BF16 checkpoint that they were made "
+            "from"
+        )
+    return view
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

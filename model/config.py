@@ -36,7 +36,7 @@ _VIT_SIZES = {
 _MOST_SIZE = 1 << 24
 _MOST_LAYERS = 1024
 _MOST_IMAGE_SIZE = 8192
-_MOST_TILES = 1024  # every grid of at most so many is looked at
+MOST_TILES = 1024  # every grid of at most so many is looked at
 _LEAST_RATIO = 0.01
 _NORM_MEANS = (-1e6, 1e6)
 _NORM_STDS = (1e-6, 1e6)
@@ -368,7 +368,7 @@ class VLMConfig:
         projector_size = values["projector_hidden_size"]
         _require_positive_ints({"force_image_size": image_size}, most=_MOST_IMAGE_SIZE)
         _require_positive_ints({"projector_hidden_size": projector_size})
-        _require_positive_ints({"max_num_tiles": num_tiles}, most=_MOST_TILES)
+        _require_positive_ints({"max_num_tiles": num_tiles}, most=MOST_TILES)
         language_config = LanguageConfig.from_dict(language)
         image_token_id = _token_id(values, "img_context_token_id", "", language_config.vocab_size)
         if image_token_id is None:

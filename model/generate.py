@@ -186,7 +186,8 @@ def choose_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> list[i
         return choice
     # float64: running sums of 131,072 probabilities in float32 would round the tail away
     probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
-    values, ids = probabilities.sort(dim=-1, descending=True)
+    # stable: of equally likely tokens the first is kept, as argmax has it
+    values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     before = values.cumsum(-1) - values
     reached = values.masked_fill(before >= sampling.top_p, 0).cumsum(-1)
     target = uniform.to(reached)[:, None] * reached[:, -1:]

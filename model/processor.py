@@ -174,7 +174,7 @@ class Processor:
                 or the turns cannot be rendered.
         """
         limit = self.max_num_tiles if max_num_tiles is None else max_num_tiles
-        self._check_placeholders(messages, images, videos)
+        self.check_placeholders(messages, images, videos)
         tiles_of_images = [self._image_tiles(image, limit) for image in images]
         tiles_of_videos = [self._video_tiles(video) for video in videos]
         media = self._expand(messages, tiles_of_images, videos, tiles_of_videos)
@@ -202,7 +202,7 @@ class Processor:
         Raises:
             DataError: as the call itself, but for pictures that cannot be used.
         """
-        self._check_placeholders(messages, images, videos)
+        self.check_placeholders(messages, images, videos)
         segments = self.render(messages, add_generation_prompt=False)
         return any(segment.is_answer and segment.text for segment in segments)
 
@@ -238,10 +238,14 @@ class Processor:
         """
         return _tokenize(self.tokenizer, text)
 
-    def _check_placeholders(
+    def check_placeholders(
         self, messages: Sequence[Message], images: Sequence[Image.Image], videos: Sequence[Video]
     ) -> None:
-        """Compare placeholders with what was given, before any pixel is touched."""
+        """Compare placeholders with what was given, before any pixel is touched.
+
+        Raises:
+            DataError: if they do not match, or an answer holds one.
+        """
         for token, kind, given in (
             (self.config.image_token, "images", len(images)),
             (self.config.video_token, "videos", len(videos)),

@@ -1,5 +1,6 @@
 """Finds the folder that a MODEL argument means, without loading torch."""
 
+import os
 import re
 from pathlib import Path
 
@@ -34,8 +35,14 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     try:
         if model and Path(model).is_dir():
             return Path(model)
+        is_there = bool(model) and os.path.lexists(model)
     except OSError as error:
         raise ConfigError(f"{model}: cannot be opened ({error.strerror})") from error
+    if is_there:
+        raise ConfigError(
+            f"{model}: is no folder; required 'embedded', a Hub id, or the folder with config.json "
+            "and the weights"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise ConfigError(
             f"{model}: required 'embedded', an existing folder or a Hub id organization/name"

@@ -61,6 +61,14 @@ def choose_grid(width: int, height: int, *, tile_size: int, max_num_tiles: int) 
     return best
 
 
+def count_tiles(
+    width: int, height: int, *, tile_size: int, max_num_tiles: int, use_thumbnail: bool
+) -> int:
+    """Count the tiles that `split_image` cuts an image of a size into."""
+    columns, rows = choose_grid(width, height, tile_size=tile_size, max_num_tiles=max_num_tiles)
+    return columns * rows + (use_thumbnail and columns * rows > 1)
+
+
 def split_image(
     image: Image.Image, *, tile_size: int, max_num_tiles: int, use_thumbnail: bool
 ) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The verbs ``nvvl quantize``, also ``nvvl-quantize``, and ``nvvl calib stats``."""
 
+import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +24,15 @@ from nvvl.options import (
     SeedOption,
     choose_device,
 )
+from nvvl.quantize.recipe import MOST_ITEMS
 
 if TYPE_CHECKING:
     from nvvl.quantize.recipe import Recipe
+
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_ITEMS, help="Calibration items; else as many as the recipe says."),
+]
 
 
 def quantize(
@@ -37,9 +45,7 @@ def quantize(
     calib: Annotated[
         str | None, typer.Option(metavar="SET", help=SET_HELP, show_default="default")
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration items; else as many as the recipe says.")
-    ] = None,
+    samples: SamplesOption = None,
     recipe: RecipeOption = None,
     from_calibration: Annotated[
         Path | None,
@@ -65,17 +71,15 @@ def quantize(
     from nvvl.model.processes import Processes
     from nvvl.quantize.limits import choose_limits, default_limits, parse_memory
     from nvvl.quantize.plan import make_plan
-    from nvvl.quantize.recipe import CALIBRATED_FORMATS
     from nvvl.quantize.walk import quantize_checkpoint
 
     processes = Processes(choose_device(device))
     with processes.agreed():
         chosen = choose_recipe(preset, recipe, samples)
-        calibrated = any(rule.format in CALIBRATED_FORMATS for rule in chosen.rules)
-        needs_items = calibrated and from_calibration is None
-        if not needs_items and (calib is not None or samples is not None):
-            given = "--from-calibration" if calibrated else f"recipe {chosen.name}"
-            raise DataError(f"{given} runs no calibration items: leave out --calib and --samples")
+        needs_items = chosen.is_calibrated and from_calibration is None
+        if not needs_items:
+            what = "--from-calibration" if chosen.is_calibrated else f"recipe {chosen.name}"
+            refuse_unused(what, {"--calib": calib, "--samples": samples, "--seed": seed or None})
         source = resolve_model(model)
         limits = default_limits()
         if memory is not None:
@@ -107,16 +111,14 @@ def quantize(
         print_json({"out": str(out), **manifest.to_dict()})
     else:
         print(f"{out}: {manifest.format}, {len(manifest.tensors)} tensors")
-        print(f"prove it: nvvl verify {out} --against {model}")
+        print("prove it:", shlex.join(["nvvl", "verify", str(out), "--against", model]))
 
 
 def show_statistics(
     model: ModelArgument,
     calib: CalibArgument = "default",
     *,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Items to run; else as many as the recipe says.")
-    ] = None,
+    samples: SamplesOption = None,
     recipe: RecipeOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -151,6 +153,21 @@ def show_statistics(
         print_table(statistics_table(found, image_weight=chosen.image_weight))
 
 
+def refuse_unused(what: str, options: Mapping[str, object]) -> None:
+    """Refuse options about calibration items, where none are run.
+
+    Args:
+        what: Runs none.
+        options: By name; None if one is not given.
+
+    Raises:
+        DataError: naming those that are given.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(f"{what} runs no calibration items: leave out {' and '.join(given)}")
+
+
 def choose_recipe(preset: Preset, file: Path | None, num_items: int | None) -> "Recipe":
     """Return the recipe of a format, or the one in a file if it quantizes to that format."""
     from nvvl.quantize.presets import load_recipe
@@ -163,6 +180,6 @@ def choose_recipe(preset: Preset, file: Path | None, num_items: int | None) -> "
         if preset != "mixed" and formats != {preset}:
             raise RecipeError(
                 f"{file}: required a recipe of {preset} alone, got {', '.join(sorted(formats))}; "
-                "give FORMAT as mixed"
+                "give the format mixed"
             )
     return recipe if num_items is None else replace(recipe, num_calibration_items=num_items)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import CheckpointError
+from nvvl.errors import CheckpointError, describe_misfit
 from nvvl.model.checkpoint import Checkpoint, TensorSpec
 from nvvl.model.config import VLMConfig
 from nvvl.model.load import expected_tensors
@@ -153,8 +153,8 @@ def _read_modelopt(path: Path, found: Mapping[str, str]) -> dict[str, str]:
         cache = quantization.get("kv_cache_quant_algo")
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read as a quantization config ({error!r}); required for a folder "
-            "with quantized tensors"
+            f"{path}: cannot be read as a quantization config ({describe_misfit(error)}); required "
+            "for a folder with quantized tensors"
         ) from None
     known = {*STORED_ALGORITHM_OF.values(), MIXED}
     unknown = sorted({algorithm, *declared.values()} - known)

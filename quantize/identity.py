@@ -6,6 +6,9 @@ compared by them.
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -20,6 +23,18 @@ from nvvl.model.scan import allowed_scan
 from nvvl.quantize.manifest import library_versions
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import copied_files
+
+_MAX_NAMED = 4
+_HASH = re.compile("[0-9a-f]{64}")
+
+# How a user sets what the keys of a run say.
+_OPTIONS = {
+    "recipe.num_calibration_items": "--samples",
+    "recipe.num_steps": "--steps",
+    "recipe.learning_rate": "--lr",
+    "data.set": "--data",
+    "data.seed": "--seed",
+}
 
 
 def describe_run(
@@ -72,3 +87,33 @@ def describe_arithmetic(device: torch.device) -> dict[str, str]:
         "products": "bfloat16" if has_fast_bf16() else "float32",
         "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
     }
+
+
+def describe_differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say where two descriptions of a run differ, with both values; a few of many.
+
+    Args:
+        found: Of the run that was stopped; its values may be mappings themselves.
+        now: Of this one.
+    """
+    before, after = dict(_flatten(found)), dict(_flatten(now))
+    lines = []
+    for key in {**before, **after}:
+        values = [str(side.get(key, "nothing")) for side in (before, after)]
+        if before.get(key) == after.get(key):
+            continue
+        name = f"{key} ({_OPTIONS[key]})" if key in _OPTIONS else key
+        if all(map(_HASH.fullmatch, values)):
+            lines.append(f"{name}: other content now")
+        else:
+            lines.append(f"{name}: {values[0]} then, {values[1]} now")
+    more = len(lines) - _MAX_NAMED
+    return lines[:_MAX_NAMED] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

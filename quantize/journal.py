@@ -27,8 +27,9 @@ from torch import Tensor
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import OutputError, writing
 from nvvl.quantize.amaxes import Amax
+from nvvl.quantize.identity import describe_differences
 from nvvl.quantize.manifest import TensorRecord
-from nvvl.quantize.staging import Stage
+from nvvl.staging import Stage
 
 _MAX_NAMED = 4
 
@@ -206,15 +207,9 @@ def _compare(
     items: Sequence[Item],
 ) -> list[str]:
     """List how the run that left a journal differs from this one."""
-    differences = [
-        f"{key}: {found.get(key, 'nothing')} then, {identity.get(key, 'nothing')} now"
-        for key in {**found, **identity}
-        if found.get(key) != identity.get(key)
-    ]
-    if not differences:
-        differences = _compare_items([pair for block in blocks for pair in block.items], items)
-    more = len(differences) - _MAX_NAMED
-    return differences[:_MAX_NAMED] + ([f"and {more} more"] if more > 0 else [])
+    return describe_differences(found, identity) or _compare_items(
+        [pair for block in blocks for pair in block.items], items
+    )
 
 
 def _compare_items(found: Sequence[tuple[str, str]], items: Sequence[Item]) -> list[str]:
@@ -226,7 +221,8 @@ def _compare_items(found: Sequence[tuple[str, str]], items: Sequence[Item]) -> l
             differences.append(f"calibration items: {item_id} then, {item.item_id} now")
         elif item_hash(item) != sha256:
             differences.append(f"calibration item {item_id}: has other content now")
-    return differences
+    more = len(differences) - _MAX_NAMED
+    return differences[:_MAX_NAMED] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _scalar(value: float) -> Tensor:

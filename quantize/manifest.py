@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import nvvl
-from nvvl.errors import CheckpointError, writing
+from nvvl.errors import CheckpointError, describe_misfit, writing
 from nvvl.model.hashing import hash_file
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 _VERSIONED = ("torch", "nvidia-modelopt", "transformers", "safetensors")
 
@@ -113,7 +113,9 @@ class Manifest:
                 f"{path}: cannot be read ({error.strerror}); required a folder that nvvl wrote"
             ) from None
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a manifest of nvvl ({error!r})") from None
+            raise CheckpointError(
+                f"{path}: not a manifest of nvvl ({describe_misfit(error)})"
+            ) from None
 
 
 def library_versions() -> dict[str, str]:

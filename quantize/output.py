@@ -26,8 +26,8 @@ from nvvl.quantize.pack import pack_linear
 from nvvl.quantize.recipe import Format, Recipe
 from nvvl.quantize.side_files import write_side_files
 from nvvl.quantize.spill import SpillFolder
-from nvvl.quantize.staging import resumable_folder
 from nvvl.quantize.stored import StoredCalibration
+from nvvl.staging import resumable_folder
 
 
 class Output:

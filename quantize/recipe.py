@@ -33,6 +33,9 @@ ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 # The formats whose inputs are quantized too, with a scale that calibration has to find.
 CALIBRATED_FORMATS: tuple[Format, ...] = ("fp8", "nvfp4")
 
+# More of them would be a mistake; a list of this many still fits in memory.
+MOST_ITEMS = 1_000_000
+
 # Those whose weights are E2M1 codes in blocks.
 NVFP4_FORMATS: tuple[Format, ...] = ("nvfp4", "nvfp4-w4a16")
 
@@ -86,17 +89,23 @@ class Recipe:
             raise RecipeError(f"{self.name}: required at least one rule, got none")
         require_choice(self.algorithm, ALGORITHMS, "algorithm", RecipeError)
         _require_type(self.num_calibration_items, int, "num_calibration_items")
-        if self.num_calibration_items < 1:
+        if not 1 <= self.num_calibration_items <= MOST_ITEMS:
             raise RecipeError(
-                f"num_calibration_items: required at least 1, got {self.num_calibration_items}"
+                f"num_calibration_items: required 1 to {MOST_ITEMS}, got "
+                f"{self.num_calibration_items}"
             )
         if self.image_weight is not None:
             _require_share(self.image_weight, "image_weight")
-            if not any(rule.format in CALIBRATED_FORMATS for rule in self.rules):
+            if not self.is_calibrated:
                 raise RecipeError(
                     "image_weight: weighs errors of inputs, and no rule quantizes inputs; leave it "
                     f"out, or use one of {', '.join(CALIBRATED_FORMATS)}"
                 )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether inputs are quantized, so that calibration items are needed."""
+        return any(rule.format in CALIBRATED_FORMATS for rule in self.rules)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":

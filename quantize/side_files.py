@@ -13,14 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nvvl.errors import CheckpointError, OutputError, RecipeError
+from nvvl.errors import CheckpointError, OutputError, RecipeError, describe_misfit
 from nvvl.model.checkpoint import Checkpoint
 from nvvl.model.config import VLMConfig
 from nvvl.quantize.amaxes import CALIBRATION_NAME, Amax, write_amaxes
 from nvvl.quantize.manifest import write_json
 from nvvl.quantize.recipe import FORMATS, Format, Recipe
 from nvvl.quantize.server_config import hf_quant_config, quantization_config
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.staging import MANIFEST_NAME
 
 RECIPE_NAME = "recipe.json"
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -125,7 +125,9 @@ def read_recipe(folder: Path) -> tuple[Recipe, dict[str, Format]]:
             f"{path}: cannot be read ({error.strerror}); required a folder that nvvl wrote"
         ) from None
     except (ValueError, RecursionError, KeyError, TypeError, RecipeError) as error:
-        raise CheckpointError(f"{path}: not a recipe that nvvl wrote ({error!r})") from None
+        raise CheckpointError(
+            f"{path}: not a recipe that nvvl wrote ({describe_misfit(error)})"
+        ) from None
     if unknown:
         raise CheckpointError(f"{path}: not a recipe that nvvl wrote (format {unknown[0]!r})")
     return recipe, formats

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvvl.errors import CheckpointError
+from nvvl.errors import CheckpointError, describe_misfit
 from nvvl.model.checkpoint import (
     Checkpoint,
     TensorSpec,
@@ -85,7 +85,7 @@ def _assume_source(folder: Path, config: VLMConfig, absent: Sequence[str]) -> Pl
         index = json.loads(path.read_text(encoding="utf-8"))
         names, total = set(index["weight_map"]), index.get("metadata", {}).get("total_size")
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a shard index ({error!r})") from None
+        raise CheckpointError(f"{path}: not a shard index ({describe_misfit(error)})") from None
     tensors = list_tensors(config)
     if _SUMMARY_IDXS in names:
         tensors.append(TensorSpec(_SUMMARY_IDXS, "I64", (1,)))

@@ -54,9 +54,9 @@ from nvvl.quantize.pack import require_usable
 from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 from nvvl.quantize.sharing import join_shares, largest_amaxes, take_share
 from nvvl.quantize.spill import Spill, SpillFolder, open_spill
-from nvvl.quantize.staging import resumable_stage
 from nvvl.quantize.stored import StoredCalibration
 from nvvl.quantize.targets import assign_formats, list_linears, quantized_only
+from nvvl.staging import resumable_stage
 
 if TYPE_CHECKING:
     from nvvl.calib_data.manifest import CalibrationSet

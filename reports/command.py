@@ -1,5 +1,6 @@
 """The verbs ``nvvl evaluate``, ``sweep``, ``report``, ``demo`` and ``calib build``."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from nvvl.options import (
     SeedOption,
     choose_device,
 )
+from nvvl.reports.json_values import MOST
 
 if TYPE_CHECKING:
     from nvvl.reports.run import RunResult
@@ -33,7 +35,7 @@ LabelOption = Annotated[
     ),
 ]
 SweepKind = Literal["evs", "tiles", "depth"]
-BatchOption = Annotated[int, typer.Option(min=1, help="Items asked at a time.")]
+BatchOption = Annotated[int, typer.Option(min=1, max=MOST, help="Items asked at a time.")]
 
 
 def evaluate(
@@ -61,7 +63,8 @@ def evaluate(
         ),
     ] = 100,
     max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Most tiles of an image; else the model's limit.")
+        int | None,
+        typer.Option(min=1, help="Most tiles of an image, up to 1024; else the model's limit."),
     ] = None,
     pruning_rate: Annotated[
         float,
@@ -77,12 +80,17 @@ def evaluate(
     from nvvl.console import show_progress
     from nvvl.reports.evaluate import Candidate, Options
     from nvvl.reports.evaluate import evaluate as evaluate_models
+    from nvvl.reports.publish import require_publishable
     from nvvl.reports.suites import DEFAULT_SUITES, find_suites
 
+    names = name_models(models, label)
     runs = [
         Candidate(folder=path, out=out / name, label=name, pruning_rate=pruning_rate)
-        for path, name in name_models(models, label).items()
+        for path, name in names.items()
     ]
+    require_publishable(
+        out, list(names.values()), runs=[run.out for run in runs], overwrite=overwrite
+    )
     options = Options(
         num_items=items,
         batch_size=batch,
@@ -100,7 +108,7 @@ def evaluate(
             overwrite=overwrite,
             progress=progress,
         )
-    _show_report(results, out, as_json)
+    _show_report(results, out, as_json, overwrite=overwrite)
 
 
 def sweep(
@@ -114,25 +122,38 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the sweep.")],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="Suite to ask, else video or page; may be given several times."),
+        typer.Option(
+            help="Suite to ask; may be given several times. Else video for evs, page for tiles, "
+            "line and key_value for depth; an unknown name lists all."
+        ),
     ] = None,
     value: Annotated[
         list[float] | None,
         typer.Option(
-            help="Pruning rate, or most tiles; may be given several times. "
+            help="Share of video tokens to prune, 0 to below 1, or most tiles, 1 to 1024; may be "
+            "given several times, the one compared with first. "
             "Else 0, 0.25, 0.5, 0.75, 0.9 and 1, 4, 6, 12; limits that change no tile are left out."
         ),
     ] = None,
     items: Annotated[
         int | None, typer.Option(min=1, help="Items of each suite; else 1000, for depth 64.")
     ] = None,
-    timed: Annotated[int, typer.Option(min=1, help="Items to time.")] = 8,
+    timed: Annotated[
+        int | None, typer.Option(min=1, help="Items to time; else 8. Not for depth.")
+    ] = None,
     teacher: TeacherOption = None,
     label: LabelOption = None,
     batch: BatchOption = 32,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Discard answers that have other settings, and replace curves of other models, "
+            "suites, values or settings; answers of the same settings are kept.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Change one setting and measure: evs prunes video tokens, tiles limits tiles; depth is noise.
@@ -152,8 +173,11 @@ def sweep(
     device_name = choose_device(device)
     with show_progress() as progress:
         if kind == "depth":
-            if source is None or value is not None:
-                raise DataError("sweep depth: required --teacher, the BF16 source, and no --value")
+            if source is None or value is not None or timed is not None:
+                raise DataError(
+                    "sweep depth: required --teacher, the BF16 source, and neither --value nor "
+                    "--timed, for it changes no setting and takes no times"
+                )
             measured = measure_depth(
                 candidates,
                 source,
@@ -182,7 +206,7 @@ def sweep(
                 suites=suites,
                 values=value,
                 teacher=source,
-                num_timed=timed,
+                num_timed=timed or 8,
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -191,7 +215,7 @@ def sweep(
         print_json(values)
         return
     print_table(table)
-    print(f"draw it: nvvl report RUN... --sweep {out}")
+    print(f"draw it: nvvl report RUN... --sweep {shlex.quote(str(out))}")
 
 
 def report(
@@ -217,10 +241,17 @@ def report(
         list[Path] | None,
         typer.Option(help="Folder of nvvl sweep; may be given several times."),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace files that nvvl report did not write, or that were changed since.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs item by item: a page, a card of each quantized checkpoint, JSON and a table."""
-    _show_report(runs, out, as_json, proofs=proof or (), sweeps=sweep or ())
+    _show_report(runs, out, as_json, proofs=proof or (), sweeps=sweep or (), overwrite=overwrite)
 
 
 def demo(
@@ -235,6 +266,14 @@ def demo(
             "multiplies bfloat16 fast.",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace what nvvl wrote there before, and files of the report that were changed; "
+            "a demo with the same settings goes on without.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take the embedded model to FP8 and NVFP4, distill, prove, evaluate, and print the table."""
@@ -246,7 +285,9 @@ def demo(
     source = resolve_model("embedded")
     short = not has_fast_bf16() if short is None else short
     with show_progress() as progress:
-        result = run_demo(source, out, short=short, num_items=items, progress=progress)
+        result = run_demo(
+            source, out, short=short, num_items=items, overwrite=overwrite, progress=progress
+        )
     if as_json:
         print_json(to_json(result.report))
     else:
@@ -290,6 +331,7 @@ def _show_report(
     *,
     proofs: Sequence[Path] = (),
     sweeps: Sequence[Path] = (),
+    overwrite: bool,
 ) -> None:
     """Compare runs, write everything about them and print the tables."""
     from nvvl.console import print_json, print_table
@@ -297,7 +339,7 @@ def _show_report(
     from nvvl.reports.publish import publish
     from nvvl.reports.render import make_table, to_json
 
-    published = publish(runs, out, proofs=proofs, sweeps=sweeps)
+    published = publish(runs, out, proofs=proofs, sweeps=sweeps, overwrite=overwrite)
     if as_json:
         print_json(to_json(published.report))
         return
@@ -350,7 +392,7 @@ def build_calibration_set(
     from nvvl.calib_data.summary import summary_tables
     from nvvl.console import print_json, print_table, show_progress
     from nvvl.model.processor import Processor
-    from nvvl.reports.overlap import evaluation_sets
+    from nvvl.reports.overlap import kept_prints, own_sets, suite_sets
 
     file = find_spec(spec)
     read = SetSpec.from_toml(file)
@@ -362,7 +404,9 @@ def build_calibration_set(
             out,
             base=file.parent,
             processor=Processor.from_folder(resolve_model(read.model, weights=False)),
-            suites=evaluation_sets(against or ()),
+            suites=suite_sets(),
+            against=own_sets(against or ()),
+            kept=kept_prints(),
             skip_bad=skip_bad,
             allow_overlap=allow_overlap,
             overwrite=overwrite,

@@ -20,6 +20,8 @@ _LOADERS: Mapping[str, Callable[[Path], RunResult | HarnessRun]] = {
     RESULTS_NAME: load_harness_run,
 }
 
+RUN_FILES = tuple(_LOADERS)
+
 # Settings that say which model and questions; what must be equal of them is refused elsewhere.
 _NOT_MOVING = {
     *("model_sha256", "teacher_sha256", "suites", "metrics", "num_items", "seed", "gate_suite"),

@@ -5,8 +5,8 @@
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -94,9 +94,18 @@ class Sweep:
     notes: tuple[str, ...] = ()
 
     @property
-    def subjects(self) -> set[str]:
-        """The labels of the models and the names of the suites."""
-        return {point.label for point in self.points} | set(self.metrics)
+    def plan(self) -> "CurvePlan":
+        """What was measured."""
+        return CurvePlan(
+            kind=self.kind,
+            labels=tuple(dict.fromkeys(point.label for point in self.points)),
+            suites=tuple(self.metrics),
+            values=tuple(dict.fromkeys(point.value for point in self.points)),
+            num_items=self.num_items,
+            num_timed=self.num_timed,
+            seed=self.seed,
+            dtype=self.dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +130,9 @@ class Depth:
 
     Attributes:
         layers: by label.
+        model_sha256: `nvvl.reports.run.fingerprint` of each model's folder, by label; empty where
+            it was not recorded.
+        reference_sha256: the same of their BF16 source; None as above.
     """
 
     suites: tuple[str, ...]
@@ -129,11 +141,69 @@ class Depth:
     dtype: str
     layers: dict[str, tuple[LayerNoise, ...]]
     nvvl_version: str
+    model_sha256: dict[str, str] = field(default_factory=dict)
+    reference_sha256: str | None = None
 
     @property
-    def subjects(self) -> set[str]:
-        """The labels of the models and the names of the suites."""
-        return {*self.layers, *self.suites}
+    def plan(self) -> "CurvePlan":
+        """What was measured."""
+        return CurvePlan(
+            kind="depth",
+            labels=tuple(self.layers),
+            suites=self.suites,
+            num_items=self.num_items,
+            seed=self.seed,
+            dtype=self.dtype,
+            model_sha256=self.model_sha256,
+            reference_sha256=self.reference_sha256,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePlan:
+    """What curves are, or are to be, measured.
+
+    Attributes:
+        labels: of the models.
+        suites: their names.
+        values: of the setting that changes, the one that others are compared with first.
+        model_sha256: as in `Depth`; runs of `evaluate` know it of the other kinds.
+    """
+
+    kind: CurveKind
+    labels: tuple[str, ...]
+    suites: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    num_items: int
+    num_timed: int | None = None
+    seed: int
+    dtype: str
+    model_sha256: Mapping[str, str] = field(default_factory=dict)
+    reference_sha256: str | None = None
+
+    def describe_lost(self, present: "CurvePlan") -> str | None:
+        """Say what curves that are there have and these do not; None if these have all of it."""
+        subjects = {*self.labels, *self.suites}
+        lost = [name for name in (*present.labels, *present.suites) if name not in subjects]
+        lost += [f"--value {value:g}" for value in present.values if value not in self.values]
+        if lost:
+            return f"curves of {', '.join(lost)},"
+        if present.values[:1] != self.values[:1]:
+            return f"differences to {present.values[0]:g},"
+        for name, before, now in (
+            ("--items", present.num_items, self.num_items),
+            ("--timed", present.num_timed, self.num_timed),
+            ("--seed", present.seed, self.seed),
+            ("dtype", present.dtype, self.dtype),
+        ):
+            if before != now:
+                return f"curves with {name} {before}, asked for {now},"
+        for label, sha256 in present.model_sha256.items():
+            if sha256 != self.model_sha256[label]:
+                return f"curves of {label} with other weights,"
+        if present.reference_sha256 not in (None, self.reference_sha256):
+            return "curves against another --teacher,"
+        return None
 
 
 def curves_path(kind: CurveKind, out: Path) -> Path:
@@ -197,30 +267,42 @@ def load_curves(out: Path) -> tuple[list[Sweep], list[Depth]]:
     return sweeps, depths
 
 
-def require_replaceable(
-    kind: CurveKind, out: Path, subjects: Iterable[str], *, overwrite: bool
-) -> None:
+def make_curves_folder(kind: CurveKind, out: Path) -> None:
+    """Make the folder of curves that are to be measured, if needed.
+
+    Raises:
+        OutputError: if they cannot be written there.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: required a folder for the sweep, got a file; give another --out")
+    path = curves_path(kind, out)
+    with writing(path):
+        out.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise OutputError(f"{path}: required a file, got a folder; give another --out")
+
+
+def require_replaceable(plan: CurvePlan, out: Path, *, overwrite: bool) -> None:
     """Refuse to replace curves that the new ones have no equal of.
 
     Args:
-        kind: of the curves to be measured.
-        out: the folder they are to be written to.
-        subjects: labels of the models and names of the suites to be measured.
-        overwrite: replace them all the same.
+        plan: what is to be measured.
+        out: the folder it is to be written to.
+        overwrite: replace what is there all the same.
 
     Raises:
-        OutputError: if curves of other models or suites are there.
+        OutputError: if curves of other models, suites, values or settings are there.
         DataError: if what is there cannot be read.
     """
-    path = curves_path(kind, out)
+    path = curves_path(plan.kind, out)
     if overwrite or not path.exists():
         return
-    present: Sweep | Depth = load_depth(path) if kind == "depth" else load_sweep(path)
-    lost = sorted(present.subjects - set(subjects))
+    present: Sweep | Depth = load_depth(path) if plan.kind == "depth" else load_sweep(path)
+    lost = plan.describe_lost(present.plan)
     if lost:
         raise OutputError(
-            f"{path}: has curves of {', '.join(lost)}, which would be lost; give another folder, "
-            "measure them again with these, or say --overwrite"
+            f"{path}: has {lost} which would be lost; give another folder, measure them again with "
+            "these, or say --overwrite"
         )
 
 

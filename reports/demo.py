@@ -6,10 +6,12 @@
     MODEL, OUT/nvfp4 -> OUT/sweeps/* -> OUT/report.html             (not in a short one)
 
 Each step is the public call that the verb of the same name makes, so what the demo shows is what a
-user gets. A demo that was interrupted goes on with the answers it has; quantized folders that
-nvvl wrote before are written again, and nothing else is replaced.
+user gets. A demo that was interrupted goes on with the answers it has, and writes its quantized
+folders again. ``demo.json`` says with which settings a folder was begun: one of other settings, or
+that is not a demo's, is refused.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
 from nvvl.distill.presets import load_distill_recipe
 from nvvl.distill.rotate import rotate
 from nvvl.distill.train import Execution, distill
-from nvvl.errors import OutputError
+from nvvl.errors import OutputError, writing
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.progress import Progress
 from nvvl.quantize.presets import load_recipe
@@ -29,9 +31,10 @@ from nvvl.reports.curves import SweepKind
 from nvvl.reports.demo_export import build_engines, export_graphs
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.evidence import PROOF_NAME
-from nvvl.reports.publish import publish
-from nvvl.reports.run import RunResult
-from nvvl.reports.suites import find_suites
+from nvvl.reports.journal import replace_text
+from nvvl.reports.publish import publish, require_publishable
+from nvvl.reports.run import RunResult, fingerprint
+from nvvl.reports.suites import find_suites, require_items
 from nvvl.reports.sweep import run_sweep
 
 FORMATS = ("fp8", "nvfp4")
@@ -41,6 +44,7 @@ EXPORTED = "nvfp4"
 SUITES = ("line", "key_value")
 SWEPT = ("bf16", "nvfp4")
 NUM_TIMED = 2  # questions of each point of a sweep
+SETTINGS_NAME = "demo.json"
 
 _COMMAND = ("nvvl", "demo")
 # What the graphs and engines of a checkpoint are called among the outputs.
@@ -80,6 +84,7 @@ def run_demo(
     num_sweep_items: int = 50,
     device: str = "cpu",
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Quantize a model to FP8 and NVFP4, rotate and distill it a little, prove and compare.
@@ -94,14 +99,25 @@ def run_demo(
         num_sweep_items: Items asked at each point of the sweeps over video pruning and tiles.
         device: Where to compute.
         seed: Seed of calibration and evaluation items.
+        overwrite: Replace what nvvl wrote into ``out`` before, with whatever settings.
         progress: Called as steps go on.
 
     Raises:
-        OutputError: if ``out`` is a file, or holds something that nvvl did not write.
+        OutputError: if ``out`` is a file, holds files but no demo, or one with other settings, or
+            something that nvvl did not write is in the way.
         NvvlError: as the steps do.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
+    settings = {
+        "model_sha256": fingerprint(source),
+        "items": num_items,
+        "calibration items": num_calibration_items,
+        "distillation steps": num_distill_steps,
+        "sweep items": num_sweep_items,
+        "device": device,
+        "seed": seed,
+    }
+    require_items(find_suites(SUITES), num_items)
+    _begin(out, settings, overwrite=overwrite)
     items = load_calibration_set("default", num_items=num_calibration_items, seed=seed)
     proofs: dict[str, VerificationReport] = {}
     built: dict[str, Path] = {}
@@ -144,10 +160,46 @@ def run_demo(
         )
         built["sweeps"] = out / "sweeps"
     published = publish(
-        runs, out, proofs=[out / PROOF_NAME.format(name) for name in proofs], sweeps=sweeps
+        runs,
+        out,
+        proofs=[out / PROOF_NAME.format(name) for name in proofs],
+        sweeps=sweeps,
+        overwrite=overwrite,
     )
     outputs = quantized | built | {"data": published.data, "report": published.page}
     return DemoResult(report=published.report, proofs=proofs, outputs=outputs, notes=notes)
+
+
+def _begin(out: Path, settings: Mapping[str, object], *, overwrite: bool) -> None:
+    """Refuse a folder that is not of this demo, and note whose it is."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: required a folder for the demo, got a file; give another --out")
+    path = out / SETTINGS_NAME
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not overwrite and any(out.iterdir()):
+            difference = _describe_difference(path, settings)
+            if difference is not None:
+                raise OutputError(f"{out}: {difference}; give another --out, or say --overwrite")
+    names = ("bf16", *FORMATS, ROTATED_NVFP4, DISTILLED)
+    require_publishable(out, [name.upper() for name in names], overwrite=overwrite)
+    replace_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _describe_difference(path: Path, settings: Mapping[str, object]) -> str | None:
+    """Say why what a folder holds is not this demo's; None if it is."""
+    if not path.is_file():
+        return f"required a new or empty folder, or that of a demo, which has {path.name}"
+    try:
+        present = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        present = None
+    if not isinstance(present, dict):
+        return f"its {path.name} is not of a demo"
+    for name, asked in settings.items():
+        if present.get(name) != asked:
+            return f"holds a demo with {name} {present.get(name)!s:.80}, asked for {asked}"
+    return None
 
 
 def _improve(

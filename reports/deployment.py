@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError
-from nvvl.quantize.staging import MANIFEST_NAME
+from nvvl.reports.json_values import describe_fault
+from nvvl.staging import MANIFEST_NAME
 
 # Names of folders beside the checkpoint whose name is put in.
 GRAPHS_NAME = "{}-graphs"
@@ -69,7 +70,7 @@ def find_engines(checkpoint: Path) -> Engines | None:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a manifest of engines ({error!r})") from None
+        raise DataError(f"{path}: not a manifest of engines ({describe_fault(error)})") from None
     if made_from != hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest():
         raise DataError(
             f"{folder}: engines of another checkpoint than {checkpoint}; build them again with "

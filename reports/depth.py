@@ -15,31 +15,43 @@ and over answers. Work grows with the square of the number of layers.
 Shapes: B questions, T tokens, N answer tokens of the batch, H hidden.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import nvvl
+from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
 from nvvl.model.processor import Processor
 from nvvl.model.vlm import NemotronNanoVL
 from nvvl.progress import Progress
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals
-from nvvl.reports.curves import Depth, LayerNoise, require_replaceable, write_curves
+from nvvl.reports.curves import (
+    Depth,
+    LayerNoise,
+    make_curves_folder,
+    require_replaceable,
+    write_curves,
+)
 from nvvl.reports.metrics import logit_divergence
 from nvvl.reports.question import (
     Encoded,
+    Question,
     collate_ids,
     encode_questions,
     join_features,
     prepare_question,
 )
-from nvvl.reports.suites import Suite
+from nvvl.reports.run import fingerprint
+from nvvl.reports.suites import Suite, require_items
 from nvvl.reports.teacher import require_bf16
+
+_BATCHES_PER_WINDOW = 8
 
 
 @dataclass
@@ -76,25 +88,33 @@ def measure_depth(
         seed: of the questions.
         device: where the models run.
         dtype: of their computation.
-        overwrite: replace curves of other models or suites.
+        overwrite: replace curves of other models, suites or settings.
         progress: called after each batch.
 
     Raises:
-        DataError: if a model has other layers than the reference, or another basis.
-        OutputError: if the file cannot be written, or holds curves of other models or suites.
+        DataError: if a suite has fewer items, or a model has other layers than the reference, or
+            another basis.
+        OutputError: if the file cannot be written, or holds curves of other models, suites or
+            settings.
         ConfigError, CheckpointError: if a model cannot be loaded, or the reference is quantized.
     """
+    require_items(suites, num_items)
+    make_curves_folder("depth", out)
     require_bf16(reference)
-    subjects = (*candidates, *(suite.name for suite in suites))
-    require_replaceable("depth", out, subjects, overwrite=overwrite)
+    model_sha256 = {label: fingerprint(folder) for label, folder in candidates.items()}
+    planned = Depth(
+        suites=tuple(suite.name for suite in suites),
+        num_items=num_items,
+        seed=seed,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=dict.fromkeys(candidates, ()),
+        nvvl_version=nvvl.__version__,
+        model_sha256=model_sha256,
+        reference_sha256=fingerprint(reference),
+    )
+    require_replaceable(planned.plan, out, overwrite=overwrite)
     source = load_any(reference, dtype=dtype, device=device)
     processor = Processor.from_folder(reference)
-    questions = [
-        prepare_question(item, processor)
-        for suite in suites
-        for item in suite.items(num_items, seed=seed)
-    ]
-    questions.sort(key=lambda question: len(question.answered.input_ids))
     layers = {}
     for label, folder in candidates.items():
         model = load_any(folder, dtype=dtype, device=device)
@@ -106,22 +126,29 @@ def measure_depth(
                 "compared; give the BF16 model it was made from (nvvl rotate makes another)"
             )
         curves = _Curves(source, model)
-        for start in range(0, len(questions), batch_size):
-            part = questions[start : start + batch_size]
+        items = (item for suite in suites for item in suite.items(num_items, seed=seed))
+        num_done, num_all = 0, len(suites) * num_items
+        size = min(num_all, _BATCHES_PER_WINDOW * batch_size)
+        for part in _batches(items, processor, batch_size, size):
             curves.add(encode_questions(source, part))
+            num_done += len(part)
             if progress is not None:
-                progress(f"depth of {label}", start + len(part), len(questions))
+                progress(f"depth of {label}", num_done, num_all)
         layers[label] = curves.finish()
-    depth = Depth(
-        suites=tuple(suite.name for suite in suites),
-        num_items=num_items,
-        seed=seed,
-        dtype=str(dtype).removeprefix("torch."),
-        layers=layers,
-        nvvl_version=nvvl.__version__,
-    )
+    depth = replace(planned, layers=layers)
     write_curves(depth, out)
     return depth
+
+
+def _batches(
+    items: Iterator[Item], processor: Processor, batch_size: int, window_size: int
+) -> Iterator[list[Question]]:
+    """Yield questions of about one length together; a window of them is in memory at a time."""
+    questions = (prepare_question(item, processor) for item in items)
+    while window := list(islice(questions, window_size)):
+        window.sort(key=lambda question: len(question.answered.input_ids))
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
 
 
 def _same_basis(*models: NemotronNanoVL) -> bool:

@@ -28,12 +28,13 @@ from PIL import Image
 import nvvl
 from nvvl.calib_data.items import Item, item_hash
 from nvvl.errors import DataError
+from nvvl.model.config import MOST_TILES
 from nvvl.model.processor import Processor
 from nvvl.progress import Progress
 from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import load_any
-from nvvl.quantize.staging import locked
 from nvvl.reports.journal import Journal, keeping_answers
+from nvvl.reports.json_values import MOST
 from nvvl.reports.measure import Panel, Response
 from nvvl.reports.metrics import (
     METRICS,
@@ -52,8 +53,9 @@ from nvvl.reports.run import (
     describe_model,
     fingerprint,
 )
-from nvvl.reports.suites import Suite
+from nvvl.reports.suites import Suite, require_items
 from nvvl.reports.teacher import require_bf16
+from nvvl.staging import locked
 
 _BATCHES_PER_WINDOW = 8
 _GREY = (128, 128, 128)
@@ -104,11 +106,12 @@ class Options:
     max_num_tiles: int | None = None
 
     def __post_init__(self) -> None:
-        _require_range("num_items", self.num_items, 1, None)
-        _require_range("batch_size", self.batch_size, 1, None)
-        _require_range("gate_items", self.gate_items, 0, self.num_items)
+        _require_range("--items", self.num_items, 1, None)
+        _require_range("--batch", self.batch_size, 1, None)
+        _require_range("--seed", self.seed, 0, MOST)
+        _require_range("--gate", self.gate_items, 0, self.num_items)
         if self.max_num_tiles is not None:
-            _require_range("max_num_tiles", self.max_num_tiles, 1, None)
+            _require_range("--max-tiles", self.max_num_tiles, 1, MOST_TILES)
 
 
 def evaluate(
@@ -144,7 +147,7 @@ def evaluate(
     options = options or Options()
     if not suites or not candidates:
         raise DataError("evaluate: required at least one suite and one checkpoint")
-    _require_items(suites, options.num_items)
+    require_items(suites, options.num_items)
     _require_gate(suites[0], options)
     _require_videos(suites, candidates)
     if len({Path(candidate.out).resolve() for candidate in candidates}) < len(candidates):
@@ -367,15 +370,6 @@ def _require_range(name: str, value: int, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
         raise DataError(f"{name}: required {bounds}, got {value}")
-
-
-def _require_items(suites: Sequence[Suite], num_items: int) -> None:
-    for suite in suites:
-        if suite.num_available is not None and num_items > suite.num_available:
-            raise DataError(
-                f"{suite.name}: has {suite.num_available} items, asked for {num_items}; ask for "
-                "fewer items, or leave the suite out"
-            )
 
 
 def _require_gate(suite: Suite, options: Options) -> None:

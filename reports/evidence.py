@@ -19,10 +19,11 @@ from nvvl.model.hashing import hash_file
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Recipe
 from nvvl.quantize.side_files import ROTATION_NAME, read_recipe
-from nvvl.quantize.staging import MANIFEST_NAME
 from nvvl.reports.deployment import Engines, find_engines
 from nvvl.reports.harness_run import HarnessRun
+from nvvl.reports.json_values import describe_fault, json_text
 from nvvl.reports.run import RunResult
+from nvvl.staging import MANIFEST_NAME
 
 # Name of a proof beside the checkpoint whose name is put in.
 PROOF_NAME = "verify-{}.json"
@@ -172,12 +173,13 @@ def read_proof(path: Path) -> Proof:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: required the output of nvvl verify --json ({error!r})") from None
+        reason = describe_fault(error)
+        raise DataError(f"{path}: required the output of nvvl verify --json ({reason})") from None
 
 
 def _require_bool(value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"passed: required true or false, got {value!r}")
+        raise ValueError(f"passed: required true or false, got {json_text(value)}")
     return value
 
 
@@ -232,7 +234,8 @@ def _read_rotation(path: Path) -> Mapping[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _describe_rotation(values)
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not what nvvl rotate wrote ({error!r})") from None
+        reason = describe_fault(error)
+        raise DataError(f"{path}: not what nvvl rotate wrote ({reason})") from None
     return values
 
 

@@ -30,7 +30,6 @@ from nvvl.errors import DataError, HardwareError
 from nvvl.progress import Progress
 from nvvl.quantize.identity import describe_arithmetic
 from nvvl.quantize.load import load_any
-from nvvl.quantize.staging import locked
 from nvvl.reports.harness_output import read_output
 from nvvl.reports.harness_run import (
     RESPONSES_NAME,
@@ -42,6 +41,7 @@ from nvvl.reports.harness_run import (
 from nvvl.reports.harness_store import HarnessStore
 from nvvl.reports.journal import keeping_answers
 from nvvl.reports.run import describe_model, fingerprint
+from nvvl.staging import locked
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -83,7 +83,7 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         if self.max_length < 2 or self.batch_size < 1:
             raise DataError(
-                f"lm-eval: required max_length of at least 2 and batch_size of at least 1, got "
+                "lm-eval: required --max-length of at least 2 and --batch of at least 1, got "
                 f"{self.max_length} and {self.batch_size}"
             )
 
@@ -196,8 +196,14 @@ def _open_tasks(tasks: Sequence[str], tasks_folder: Path | None) -> "TaskManager
 
     if not tasks or len(set(tasks)) < len(tasks):
         raise DataError(f"lm-eval: required different tasks, got {', '.join(tasks) or 'none'}")
-    if tasks_folder is not None and not tasks_folder.is_dir():
-        raise DataError(f"{tasks_folder}: not a folder; required one with task files (*.yaml)")
+    if tasks_folder is not None:
+        if not tasks_folder.is_dir():
+            raise DataError(f"{tasks_folder}: not a folder; required one with task files (*.yaml)")
+        if not TaskManager(include_path=str(tasks_folder), include_defaults=False).all_tasks:
+            raise DataError(
+                f"{tasks_folder}: no file there (*.yaml) names a task; give the folder of your "
+                "task files, or leave --tasks out"
+            )
     paths = [TASKS_FOLDER, *([] if tasks_folder is None else [tasks_folder])]
     manager = TaskManager(include_path=list(map(str, paths)), include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
@@ -230,7 +236,23 @@ def _load_task(manager: "TaskManager", task: str, options: HarnessOptions) -> An
         if its_own is None or (options.num_fewshot is not None and its_own != 0):
             part.set_config(key="num_fewshot", value=options.num_fewshot or 0)
         part.set_fewshot_seed(seed=_OTHER_SEED)
+        _require_examples(part)
     return loaded
+
+
+def _require_examples(task: Any) -> None:
+    """Refuse more examples before a question than a task has to draw them from."""
+    asked = task.get_config("num_fewshot")
+    if not asked:
+        return
+    num_examples = len(task.sampler.fewshot_docs())
+    if task.fewshot_cfg.split == task.config.test_split:
+        num_examples -= 1  # a question is no example of itself
+    if asked > num_examples:
+        raise DataError(
+            f"lm-eval: the task {task.config.task} has {num_examples} examples to put before a "
+            f"question, asked for {asked}; give a smaller --fewshot"
+        )
 
 
 def _load_model(

@@ -7,6 +7,7 @@ import typer
 
 from nvvl.options import DeviceOption, JsonOption, ResumableOverwriteOption, choose_device
 from nvvl.reports.command import BatchOption, LabelOption, name_models
+from nvvl.reports.json_values import MOST
 
 
 def lm_eval(
@@ -24,10 +25,11 @@ def lm_eval(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; each model gets one in it.")],
     label: LabelOption = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="First items of each task; else all.")
+        int | None, typer.Option(min=1, max=MOST, help="First items of each task; else all.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before a question; else what the task says.")
+        int | None,
+        typer.Option(min=0, max=MOST, help="Examples before a question; else what the task says."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
@@ -37,7 +39,9 @@ def lm_eval(
     ] = None,
     max_length: Annotated[
         int,
-        typer.Option(min=2, help="Most tokens of a request; a longer one loses its beginning."),
+        typer.Option(
+            min=2, max=MOST, help="Most tokens of a request; a longer one loses its beginning."
+        ),
     ] = 4096,
     batch: BatchOption = 32,
     device: DeviceOption = "auto",
@@ -47,6 +51,7 @@ def lm_eval(
     """Run tasks of the lm-evaluation-harness (text alone); goes on where it stopped."""
     from nvvl.console import print_json, print_table, show_progress
     from nvvl.reports.harness import HarnessOptions, require_lm_eval, run_tasks
+    from nvvl.reports.harness_store import require_startable
     from nvvl.reports.harness_text import task_table
     from nvvl.reports.tasks import compare_tasks
 
@@ -60,6 +65,9 @@ def lm_eval(
         max_length=max_length,
         device=choose_device(device),
     )
+    folders = name_models(models, label)
+    for name in folders.values():
+        require_startable(out / name)
     with show_progress() as progress:
         runs = [
             run_tasks(
@@ -72,7 +80,7 @@ def lm_eval(
                 overwrite=overwrite,
                 progress=progress,
             )
-            for folder, name in name_models(models, label).items()
+            for folder, name in folders.items()
         ]
     if as_json:
         print_json([run.to_dict() | {"out": str(run.out)} for run in runs])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvvl.errors import DataError, writing
+from nvvl.reports.json_values import describe_fault
 
 
 class ResponseJournal:
@@ -34,8 +35,8 @@ class ResponseJournal:
                 self._responses[entry["sha256"]] = entry["response"]
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{path}: line {number} is not a response ({error}); delete the file: what it "
-                    "has is asked again"
+                    f"{path}: line {number} is not a response ({describe_fault(error)}); delete "
+                    "the file: what it has is asked again"
                 ) from None
         if len(whole) < len(content):
             with writing(path):

@@ -8,6 +8,7 @@ the run is taken up; its responses are not (`nvvl.reports.harness_journal`).
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from nvvl.errors import OutputError, writing
 from nvvl.reports.harness_run import (
@@ -20,8 +21,8 @@ from nvvl.reports.harness_run import (
     TaskResult,
     read_harness_run,
 )
-from nvvl.reports.journal import replace_text
-from nvvl.reports.run import settings_by_name
+from nvvl.reports.journal import replace_text, require_run_folder
+from nvvl.reports.run import ANSWERS_NAME, SETTINGS_NAME, name_setting, settings_by_name
 
 
 class HarnessStore:
@@ -44,8 +45,10 @@ class HarnessStore:
 
         Raises:
             DataError: if there are files by the names of results that are none.
-            OutputError: if there are results of other settings, or the folder cannot be written.
+            OutputError: if there are results of other settings or files of something else, or the
+                folder cannot be written.
         """
+        require_startable(run.out)
         path = run.out / RESULTS_NAME
         if path.exists():
             present = read_harness_run(run.out)
@@ -92,6 +95,16 @@ class HarnessStore:
         replace_text(self.run.out / RESULTS_NAME, text)
 
 
+def require_startable(out: Path) -> None:
+    """Refuse a folder that has no results of the harness, and something else than answers.
+
+    Raises:
+        OutputError: naming it.
+    """
+    if not (out / RESULTS_NAME).exists():
+        require_run_folder(out, {SETTINGS_NAME, ANSWERS_NAME, ITEMS_NAME, RESPONSES_NAME})
+
+
 def _take_up(run: HarnessRun, present: HarnessRun) -> HarnessRun:
     """Put the finished tasks that are there into a run, and drop the items of others."""
     tasks = {task: r for task, r in present.tasks.items() if not present.lacks_items(task)}
@@ -102,9 +115,10 @@ def _take_up(run: HarnessRun, present: HarnessRun) -> HarnessRun:
 
 
 def _differing(present: HarnessSettings, asked: HarnessSettings) -> list[str]:
-    """Name the settings in which two runs differ, sorted."""
+    """Name the settings in which two runs differ, as a user calls them, sorted."""
     there, wanted = settings_by_name(asdict(present)), settings_by_name(asdict(asked))
-    return sorted(name for name in {**there, **wanted} if there.get(name) != wanted.get(name))
+    names = (name for name in {**there, **wanted} if there.get(name) != wanted.get(name))
+    return sorted(map(name_setting, names))
 
 
 def _to_lines(items: Iterable[Sequence[ItemScores]]) -> str:

@@ -6,7 +6,7 @@ half a line, which reading drops; a window of which only a part was kept is aske
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,11 @@ from nvvl.reports.run import (
     Settings,
     check_label,
     load_run,
+    name_setting,
     read_answers,
     read_settings,
     settings_by_name,
+    value_in_words,
 )
 
 
@@ -77,8 +79,8 @@ class Journal:
                 raise OutputError(
                     f"{out}: holds a run with {difference}; give another folder or --overwrite"
                 )
-        elif out.exists() and (not out.is_dir() or not _holds_tasks_alone(out)):
-            raise OutputError(f"{out}: required a new or empty folder; give another one")
+        else:
+            require_run_folder(out, {RESULTS_NAME, ITEMS_NAME, RESPONSES_NAME})
         values = {**about, "settings": asdict(settings)}
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -113,13 +115,29 @@ def _describe_difference(present: Settings, asked: Settings) -> str | None:
     for name in {**wanted, **there}:
         before, now = there.get(name, "unknown"), wanted.get(name, "unknown")
         if before != now:
-            return f"{name} {before}, asked for {now}"
+            words = f"{value_in_words(before)}, asked for {value_in_words(now)}"
+            return f"{name_setting(name)} {words}"
     return None
 
 
-def _holds_tasks_alone(out: Path) -> bool:
-    """Tell whether a folder is empty but for results of the harness, which may lie there too."""
-    return {path.name for path in out.iterdir()} <= {RESULTS_NAME, ITEMS_NAME, RESPONSES_NAME}
+def require_run_folder(out: Path, others: Collection[str]) -> None:
+    """Refuse to begin a run in a folder that holds something else.
+
+    Args:
+        out: folder of the run, which need not exist.
+        others: names of files that may lie there: those of a run of the other kind.
+
+    Raises:
+        OutputError: if it is a file, or has other files.
+    """
+    with writing(out):
+        if out.exists() and (
+            not out.is_dir() or any(path.name not in others for path in out.iterdir())
+        ):
+            raise OutputError(
+                f"{out}: required a new or empty folder for a run, got one with other files; give "
+                "another --out, or another --label"
+            )
 
 
 @contextmanager
@@ -144,9 +162,18 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write bytes as `replace_text` does a text.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
 
 

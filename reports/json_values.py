@@ -5,6 +5,7 @@ and no whole number is negative, for all of them count or name something.
 """
 
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -13,14 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvvl.errors import DataError
+from nvvl.errors import DataError, first_line
 from nvvl.toml_tables import require_choice
 
 T = TypeVar("T")
 
 # float32 ends far below; the sum of squares that float64 can hold begins far above
 LARGEST = 1e100
-_MOST = 2**63 - 1
+MOST = 2**63 - 1
 
 _SCALARS = (int, float, str, bool, Path)
 _WHOLE = "a whole number from 0 to 2^63 - 1"
@@ -48,6 +49,20 @@ def read_object(cls: type[T], values: object, where: str, *, finite: bool = True
     hints = _hints(typing.cast("Any", cls))
     given = {k: _convert(v, hints[k], f"{where}.{k}", finite) for k, v in values.items()}
     return cls(**{**given, **read})
+
+
+def json_text(value: object) -> str:
+    """Return a value as it stands in its JSON file, or the beginning of a long one."""
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
+
+
+def describe_fault(error: Exception) -> str:
+    """Say what is wrong with a JSON file, by what reading it has raised."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    if isinstance(error, TypeError | AttributeError):
+        return "a value in it is of another kind"
+    return first_line(error)
 
 
 def _require_keys(cls: type, keys: Set[str], where: str) -> None:
@@ -100,7 +115,7 @@ def _convert(value: Any, hint: Any, where: str, finite: bool) -> Any:
 
 def _convert_scalar(value: Any, kind: type, where: str, finite: bool) -> Any:
     if kind is int:
-        fits = type(value) is int and 0 <= value <= _MOST
+        fits = type(value) is int and 0 <= value <= MOST
         _require(fits, where, _WHOLE, value)
     elif kind is float:
         is_small = type(value) in (int, float) and abs(value) <= LARGEST  # NaN is not
@@ -125,4 +140,4 @@ def _is_path(value: str) -> bool:
 
 def _require(fits: bool, where: str, required: str, value: object) -> None:
     if not fits:
-        raise DataError(f"{where}: required {required}, got {value!r:.60}")
+        raise DataError(f"{where}: required {required}, got {json_text(value)}")

@@ -1,4 +1,4 @@
-"""Write a comparison as ``report.json``, as Markdown, and as a table for the terminal.
+"""A comparison as ``report.json``, as Markdown, and as a table for the terminal.
 
 Runs stand side by side and measurements below each other, so that any number of suites fits a
 terminal of 80 columns. A number is followed by its 95 % interval in brackets. Nothing is rounded
@@ -9,13 +9,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from nvvl.errors import OutputError, writing
 from nvvl.reports.collect import Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
 from nvvl.reports.harness_text import TASK_NOTES, describe_harness, make_task_rows
@@ -33,31 +31,9 @@ class Row:
     cells: tuple[str, ...]
 
 
-def write_report(report: Report, out: Path, *, name: str = "report") -> tuple[Path, Path]:
-    """Write the comparison as JSON and as Markdown into a folder, made if needed.
-
-    Args:
-        report: what to write.
-        out: the folder.
-        name: of both files, without ending.
-
-    Returns:
-        The two paths.
-
-    Raises:
-        OutputError: if ``out`` is a file, or a file cannot be written.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: required a folder for the report, got a file")
-    json_path, markdown_path = out / f"{name}.json", out / f"{name}.md"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        values = json.dumps(to_json(report), indent=2, allow_nan=False)
-        json_path.write_text(values + "\n", encoding="utf-8")
-        text = render_markdown(report)
-        markdown_path.write_bytes(text.encode(errors="backslashreplace"))  # names may be no UTF-8
-    return json_path, markdown_path
+def render_json(report: Report) -> str:
+    """Return the text of ``report.json``."""
+    return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
 
 
 def to_json(report: Report) -> dict[str, Any]:

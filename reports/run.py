@@ -21,14 +21,34 @@ from nvvl.errors import ConfigError, DataError, NvvlError, reading
 from nvvl.model.checkpoint_writer import INDEX_NAME
 from nvvl.model.hashing import hash_file
 from nvvl.quantize.compressed_tensors import declared_algorithm, is_compressed_tensors
-from nvvl.quantize.staging import MANIFEST_NAME
-from nvvl.reports.json_values import read_object
+from nvvl.reports.json_values import json_text, read_object
+from nvvl.staging import MANIFEST_NAME
 
 MetricName = Literal[
     "exact_match", "character_accuracy", "anls", "relaxed_accuracy", "token_probability"
 ]
 ImageCondition = Literal["right", "blank", "other"]
 AnswerKey = tuple[str, ImageCondition, int]
+
+# What a user calls a setting of a run.
+_OPTIONS = {
+    "num_items": "--items",
+    "batch_size": "--batch",
+    "seed": "--seed",
+    "suites": "--suite",
+    "gate_items": "--gate",
+    "teacher_sha256": "--teacher",
+    "device": "--device",
+    "max_num_tiles": "--max-tiles",
+    "pruning_rate": "--pruning-rate",
+    "limit": "--limit",
+    "num_fewshot": "--fewshot",
+    "chat": "--chat",
+    "max_length": "--max-length",
+    "tasks_folder": "--tasks",
+    "tasks_sha256": "files of --tasks",
+    "model_sha256": "files of MODEL",
+}
 
 GATE_CONDITIONS: tuple[ImageCondition, ...] = ("blank", "other")
 
@@ -227,6 +247,18 @@ def settings_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, **settings["arithmetic"]}
 
 
+def name_setting(name: str) -> str:
+    """Return what a user calls a setting of `Settings` or of the harness."""
+    return _OPTIONS.get(name, name.replace("_", " "))
+
+
+def value_in_words(value: object) -> str:
+    """Return the value of a setting as messages say it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def fingerprint(folder: Path) -> str:
     """Return the sha256 of the names and contents of a model's safetensors and JSON files."""
     digest = hashlib.sha256()
@@ -248,7 +280,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise ConfigError(
-            f"{path}: quantization_config: required an object, got {quantization!r:.60}"
+            f"{path}: quantization_config: required an object, got {json_text(quantization)}"
         )
     declared = quantization.get("quant_algo") or quantization.get("quant_method") or "BF16"
     if is_compressed_tensors(config):
@@ -330,7 +362,7 @@ def _check_settings(settings: Settings) -> None:
     ):
         raise DataError(
             f"settings: required a gate_suite that is one of the suites, and gate_items from 1 to "
-            f"{settings.num_items}, got {gate!r:.60} and {settings.gate_items}"
+            f"{settings.num_items}, got {gate:.60} and {settings.gate_items}"
         )
 
 
@@ -370,5 +402,5 @@ def _parse_object(
     except (ValueError, RecursionError) as error:
         raise kind(f"{path}: not valid JSON ({error}){way_out}") from None
     if not isinstance(values, dict):
-        raise kind(f"{path}: required a JSON object, got {type(values).__name__}")
+        raise kind(f"{path}: required a JSON object, got {json_text(values)}")
     return values

@@ -23,6 +23,10 @@ from nvvl.reports.run import MetricName
 # Documents drawn until one has a question of the wanted kind; most have several.
 _MAX_DRAWS = 64
 
+# Documents of a seed; the next ones are those of the next seed.
+_SEED_BITS = 40
+_ITEMS_PER_SEED = 2**_SEED_BITS // _MAX_DRAWS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
@@ -34,7 +38,7 @@ class Suite:
             the true answer is all that is measured.
         make_item: from the number of an item and a seed to the item, whose last message is the
             true answer.
-        num_available: most items there are; None for as many as one likes.
+        num_available: most items there are; None for as many as a seed has.
     """
 
     name: str
@@ -75,6 +79,21 @@ def find_suites(names: Sequence[str]) -> list[Suite]:
     return [SUITES[name] for name in names]
 
 
+def require_items(suites: Sequence[Suite], num_items: int) -> None:
+    """Refuse to ask for more items than a suite has.
+
+    Raises:
+        DataError: naming the suite.
+    """
+    for suite in suites:
+        num_available = suite.num_available or _ITEMS_PER_SEED
+        if num_items > num_available:
+            raise DataError(
+                f"{suite.name}: has {num_available} items, asked for {num_items}; ask for "
+                "fewer items, or leave the suite out"
+            )
+
+
 def _make_suites(
     name: str,
     description: str,
@@ -113,7 +132,7 @@ def _ask_document(
 ) -> Item:
     """Make an item: a document, and one question of the wanted kind about it."""
     for draw in range(_MAX_DRAWS):
-        number = (seed << 40) + index * _MAX_DRAWS + draw
+        number = (seed << _SEED_BITS) + index * _MAX_DRAWS + draw
         document = make_document(kind, number, split="held_out", fonts=fonts)
         turns = [turn for turn in document.turns if turn[0].startswith("Transcribe") is transcribe]
         if turns:

@@ -15,24 +15,32 @@ GPU; the generated videos have 4 to 8 frames.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import nvvl
 from nvvl.calib_data.items import Item
 from nvvl.errors import DataError
-from nvvl.model.config import VLMConfig
+from nvvl.model.config import MOST_TILES, VLMConfig
 from nvvl.model.processor import Processor
 from nvvl.model.tiling import choose_grid
-from nvvl.progress import Progress
+from nvvl.progress import Progress, Ticker
 from nvvl.quantize.load import load_any
 from nvvl.reports.compare import bootstrap_intervals, paired_difference
-from nvvl.reports.curves import Point, Speed, Sweep, SweepKind, require_replaceable, write_curves
+from nvvl.reports.curves import (
+    CurvePlan,
+    Point,
+    Speed,
+    Sweep,
+    SweepKind,
+    make_curves_folder,
+    require_replaceable,
+    write_curves,
+)
 from nvvl.reports.evaluate import Candidate, Options, evaluate
 from nvvl.reports.journal import keeping_answers
 from nvvl.reports.question import prepare_question
 from nvvl.reports.run import RunResult
-from nvvl.reports.suites import Suite, find_suites
+from nvvl.reports.suites import Suite, find_suites, require_items
 from nvvl.reports.timing import Contender, describe_machine, measure_speed
 
 VALUES: Mapping[SweepKind, tuple[float, ...]] = {
@@ -68,13 +76,15 @@ def run_sweep(
         teacher: BF16 model to measure KL against.
         num_timed: questions to time.
         num_new_tokens: tokens to write to each of them.
-        overwrite: discard runs with other settings, and curves of other models or suites.
+        overwrite: discard runs with other settings, and curves of other models, suites, values or
+            settings.
         progress: called as `evaluate` does.
 
     Raises:
-        DataError: if a suite has no videos to prune, a value is out of range or given twice, or
-            images have the same tiles under all limits.
-        OutputError: if curves of other models or suites are there, and as `evaluate` does.
+        DataError: if a suite has no videos to prune or fewer items, a value is out of range or
+            given twice, or images have the same tiles under all limits.
+        OutputError: if curves of other models, suites, values or settings are there, and as
+            `evaluate` does.
         ConfigError, CheckpointError: as `evaluate` does.
         KeyboardInterrupt: again, saying how to go on.
     """
@@ -82,16 +92,27 @@ def run_sweep(
     values = values or VALUES[kind]
     _check_values(kind, values)
     _check_media(kind, suites)
-    subjects = (*candidates, *(suite.name for suite in suites))
-    require_replaceable(kind, out, subjects, overwrite=overwrite)
+    require_items(suites, options.num_items)
+    num_timed = min(num_timed, options.num_items)
+    plan = CurvePlan(
+        kind=kind,
+        labels=tuple(candidates),
+        suites=tuple(suite.name for suite in suites),
+        values=tuple(values),
+        num_items=options.num_items,
+        num_timed=num_timed,
+        seed=options.seed,
+        dtype=str(options.dtype).removeprefix("torch."),
+    )
+    make_curves_folder(kind, out)
+    require_replaceable(plan, out, overwrite=overwrite)
     options = replace(options, gate_items=0)
     notes: tuple[str, ...] = ()
     if kind == "tiles":
         tile_size = VLMConfig.from_folder(next(iter(candidates.values()))).image_size
-        values, notes = _leave_out_equals(suites, options, values, tile_size)
+        values, notes = _leave_out_equals(suites, options, values, tile_size, progress)
         for note in notes:
             print(note, file=sys.stderr)
-    num_timed = min(num_timed, options.num_items)
     with keeping_answers(out):
         runs = _run_all(
             kind, candidates, out, options, suites, values, teacher, overwrite, progress
@@ -106,10 +127,10 @@ def run_sweep(
             for label in candidates
             for value in values
         ),
-        num_items=options.num_items,
+        num_items=plan.num_items,
         num_timed=num_timed,
-        seed=options.seed,
-        dtype=str(options.dtype).removeprefix("torch."),
+        seed=plan.seed,
+        dtype=plan.dtype,
         machine=describe_machine(options.device),
         nvvl_version=nvvl.__version__,
         notes=notes,
@@ -119,20 +140,28 @@ def run_sweep(
 
 
 def _leave_out_equals(
-    suites: Sequence[Suite], options: Options, limits: Sequence[float], tile_size: int
+    suites: Sequence[Suite],
+    options: Options,
+    limits: Sequence[float],
+    tile_size: int,
+    progress: Progress | None,
 ) -> tuple[list[float], tuple[str, ...]]:
     """Return the limits that give other tiles than those before, and notes of what stays equal."""
-    grids = {
-        suite.name: [
-            [_choose_grids(item, tile_size, int(limit)) for limit in limits]
-            for item in suite.items(options.num_items, seed=options.seed)
-        ]
-        for suite in suites
-    }
-    alike: dict[object, list[float]] = {}
-    columns = zip(*chain.from_iterable(grids.values()), strict=True)
-    for limit, column in zip(limits, columns, strict=True):
-        alike.setdefault(column, []).append(limit)
+    groups = [0] * len(limits)  # of limits that are alike so far
+    num_equal = dict.fromkeys((suite.name for suite in suites), 0)
+    ticker = Ticker(progress, total=len(suites) * options.num_items)
+    for suite in suites:
+        ticker.stage = f"tiles of {suite.name}"
+        for item in suite.items(options.num_items, seed=options.seed):
+            row = [_choose_grids(item, tile_size, int(limit)) for limit in limits]
+            num_equal[suite.name] += len(set(row)) == 1
+            numbers: dict[object, int] = {}
+            pairs = zip(groups, row, strict=True)
+            groups = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
+            ticker.tick()
+    alike: dict[int, list[float]] = {}
+    for limit, group in zip(limits, groups, strict=True):
+        alike.setdefault(group, []).append(limit)
     if len(alike) == 1 < len(limits):
         raise DataError(
             f"sweep tiles: required limits that differ, got {_join(limits)}, under which every "
@@ -145,10 +174,9 @@ def _leave_out_equals(
         if others
     ]
     if len(alike) > 1:
-        for name, rows in grids.items():
-            num_equal = sum(len(set(row)) == 1 for row in rows)
-            if num_equal:
-                share = f"{num_equal:,} of {len(rows):,} items"
+        for name, count in num_equal.items():
+            if count:
+                share = f"{count:,} of {options.num_items:,} items"
                 notes.append(f"{name}: {share} have the same tiles under every limit")
     return [first for first, *_ in alike.values()], tuple(notes)
 
@@ -262,10 +290,15 @@ def _check_values(kind: SweepKind, values: Sequence[float]) -> None:
     if len(set(values)) < len(values):
         raise DataError(f"sweep: each value may be given once, got {', '.join(map(str, values))}")
     for value in values:
-        fits = 0 <= value < 1 if kind == "evs" else value >= 1 and value == int(value)
+        if kind == "evs":
+            fits, required = 0 <= value < 1, "a rate from 0 to below 1"
+        else:
+            fits = 1 <= value <= MOST_TILES and value == int(value)
+            required = (
+                f"a whole number of tiles from 1 to {MOST_TILES}, as every grid of so many is tried"
+            )
         if not fits:
-            required = "a rate from 0 to below 1" if kind == "evs" else "a whole number of tiles"
-            raise DataError(f"sweep {kind}: required {required}, got {value:g}")
+            raise DataError(f"sweep {kind}: --value: required {required}, got {value:g}")
 
 
 def _check_media(kind: SweepKind, suites: Sequence[Suite]) -> None:

@@ -27,6 +27,7 @@ from nvvl.reports.compare import (
 )
 from nvvl.reports.harness_run import HarnessRun, ItemScores, Metric, Score, TaskResult
 from nvvl.reports.json_values import LARGEST
+from nvvl.reports.run import name_setting, value_in_words
 
 
 def _perplexity(nats: FloatArray) -> FloatArray:
@@ -185,7 +186,11 @@ def _require_alike(first: _Entry, other: _Entry) -> None:
     wanted, asked = first.settings, other.settings
     differing = [name for name in wanted if asked[name] != wanted[name]]
     if differing:
-        which = ", ".join(f"{name} {asked[name]} (there {wanted[name]})" for name in differing)
+        which = ", ".join(
+            f"{name_setting(name)} {value_in_words(asked[name])} "
+            f"(there {value_in_words(wanted[name])})"
+            for name in differing
+        )
         raise DataError(
             f"{place}: {task} was not run as in {there}: {which}; run both with the same settings"
         )

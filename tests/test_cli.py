@@ -33,6 +33,7 @@ def list_verbs(group: TyperGroup) -> Iterator[list[str]]:
             yield [name]
 
 
+NVVL = [sys.executable, "-m", "nvvl"]
 MAIN_GROUP: Any = typer.main.get_command(app)
 VERBS = list(list_verbs(MAIN_GROUP))
 
@@ -87,7 +88,7 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+@pytest.mark.parametrize("verb", [*VERBS, ["calib"], ["export"]], ids=" ".join)
 def test_help_of_every_verb_shows_an_example(verb: list[str]) -> None:
     result = run(*verb, "--help")
     assert result.exit_code == 0
@@ -105,8 +106,13 @@ def test_installed_commands_answer(command: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["quantize", "calib show", "calib stats"])
-def test_help_says_what_a_set_may_be_and_what_the_seed_decides(verb: str) -> None:
-    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*verb.split(), "--help").stdout).split())
+def test_help_says_what_a_set_may_be_and_what_the_seed_decides(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = " ".join(
+        re.sub(r"[│╭╮╰╯─]|\[\S+<=x\S*\]", " ", run(*verb.split(), "--help").stdout).split()
+    )
     assert "`default`, a built set, a folder of images, or a JSONL file" in shown
     assert "Which items are generated, or which of your own are taken" in shown
 
@@ -139,8 +145,89 @@ def test_file_name_that_is_not_utf8_is_printed_escaped(
     assert rb"id\udce9.png" in written.getvalue()
 
 
+@pytest.mark.parametrize("arguments", [["path", "embedded"], ["--help"], ["path", "--help"]])
+def test_full_disk_below_stdout_is_one_line_and_exit_2(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*NVVL, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    error = "error: stdout: cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+def test_work_goes_on_where_stderr_is_full() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*NVVL, "calib", "show", "nowhere"], stdout=subprocess.PIPE, stderr=full
+        )
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("verb", [["path", "embedded"], ["--help"]])
+def test_reader_that_goes_away_ends_the_command_quietly(verb: list[str]) -> None:
+    with subprocess.Popen([*NVVL, *verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["path"], "Missing argument 'MODEL'; see nvvl path --help"),
+        (["pth", "x"], "No such command 'pth'. Did you mean 'path'; see nvvl --help"),
+        (["--bogus"], "No such option: --bogus; see nvvl --help"),
+        (
+            ["calib", "show", "--sample", "3"],
+            "No such option: --sample (Possible options: --samples, --save); see nvvl calib show "
+            "--help",
+        ),
+        (
+            ["quantize", "fp9", "a", "b"],
+            "Invalid value for 'FORMAT': 'fp9' is not one of 'fp8', 'nvfp4', 'nvfp4-w4a16', "
+            "'mixed'; see nvvl quantize --help",
+        ),
+        (["calib", "show", "--samples"], "Option '--samples' requires an argument"),
+    ],
+)
+def test_misuse_is_one_line_with_the_nearest_name_and_exit_2(
+    arguments: list[str], error: str
+) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {error}\n")
+
+
+@pytest.mark.parametrize("group", [[], ["calib"], ["export"]])
+def test_missing_verb_prints_the_help_alone(group: list[str]) -> None:
+    result = run(*group)
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert result.stdout.strip() == run(*group, "--help").stdout.strip()
+
+
+def test_fault_of_the_system_names_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: str) -> Path:
+        Path("/proc/nowhere").rename("/proc/there")
+        raise AssertionError
+
+    monkeypatch.setattr("nvvl.model.resolve.resolve_model", fail)
+    assert_user_error(run("path", "embedded"), "/proc/nowhere: /proc/there: No such file or dir")
+
+
 def test_error_of_the_user_is_one_line_and_exit_2() -> None:
     assert_user_error(run("path", "nowhere/at/all"), "nowhere/at/all", "required 'embedded'")
+
+
+def test_file_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/vlm").write_text("")
+    Path("models/link").symlink_to("nowhere")
+    for name in ("models/vlm", "models/link", "./models/vlm"):
+        assert_user_error(run("path", name), f"{name}: is no folder; required 'embedded', a Hub id")
 
 
 def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +347,7 @@ def test_second_export_needs_no_calibration(quantized: Path, source: Path, tmp_p
     arguments = ["quantize", "nvfp4", source, out, "--from-calibration", quantized]
     for option in (("--samples", "2"), ("--calib", "default")):
         refused = run(*arguments, *option)
-        assert_user_error(refused, "--from-calibration runs no", "leave out --calib and --samples")
+        assert_user_error(refused, "--from-calibration runs no", f"leave out {option[0]}")
     assert run(*arguments).exit_code == 0
     items = [
         json.loads((folder / "manifest.json").read_text())["calibration"]
@@ -428,6 +515,20 @@ def test_calibration_set_can_be_looked_at(tmp_path: Path) -> None:
     assert all(row["sha256"] in in_text for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["distill", "RUN", "--teacher", "embedded", "-o", ""], "-o: required a value, got an em"),
+        (["quantize", "fp8", "embedded", "OUT", "--recipe="], "--recipe: required a value"),
+        (["chat", "embedded", "What?", "--image", ""], "--image: required a value"),
+        (["quantize", "fp8", "embedded", ""], "the argument after embedded: required a value"),
+        (["calib", "show", ""], "the argument after show: required a value"),
+    ],
+)
+def test_empty_value_is_refused(words: list[str], part: str) -> None:
+    assert_user_error(run(*words), part, "is a variable unset?")
+
+
 def test_empty_calibration_set_writes_nothing(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("quantize", "fp8", source, tmp_path / "out", "--calib", tmp_path / "empty")
@@ -435,12 +536,12 @@ def test_empty_calibration_set_writes_nothing(source: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [("--calib", "nowhere"), ("--samples", "9")])
+@pytest.mark.parametrize("option", [("--calib", "nowhere"), ("--samples", "9"), ("--seed", "3")])
 def test_items_for_a_format_that_runs_none_are_refused(
     option: tuple[str, str], source: Path, tmp_path: Path
 ) -> None:
     result = run("quantize", "nvfp4-w4a16", source, tmp_path / "out", *option)
-    assert_user_error(result, "nvfp4-w4a16 runs no calibration items", "leave out --calib")
+    assert_user_error(result, f"nvfp4-w4a16 runs no calibration items: leave out {option[0]}")
     assert not list(tmp_path.iterdir())
 
 
@@ -539,3 +640,32 @@ def test_lm_eval_names_tasks_near_a_mistyped_one(source: Path, tmp_path: Path) -
     done = run("lm-eval", source, "--task", "arc_esay", "-o", tmp_path)
     assert done.exit_code == 2
     assert "no task named arc_esay; near it: arc_easy" in done.stderr
+
+
+def test_warning_is_one_line_without_the_place_in_the_source() -> None:
+    program = (
+        "import warnings, nvvl.cli as cli\n"
+        "cli.app = lambda **_: warnings.warn('too\\n high')\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "warning: too high\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--samples", "9", "--format", "nvfp4-w4a16"], "nvfp4-w4a16 runs no calibration items"),
+        (["--samples", "9" * 20], "'--samples': Input should be less than or equal to 1000000"),
+    ],
+)
+def test_plan_refuses_samples_that_no_run_takes(words: list[str], part: str) -> None:
+    assert_user_error(run("plan", "embedded", *words), part)
+
+
+def test_seed_beside_a_stored_calibration_is_refused(source: Path, tmp_path: Path) -> None:
+    given = ("--from-calibration", source, "--seed", 3)
+    result = run("quantize", "fp8", source, tmp_path / "out", *given)
+    assert_user_error(result, "--from-calibration runs no calibration items: leave out --seed")

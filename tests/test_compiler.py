@@ -111,7 +111,7 @@ def test_unwritable_cache_names_the_way_out(source: Path) -> None:
 
 @needs_compiler
 def test_damaged_library_names_its_path(source: Path) -> None:
-    library = compiler._cache_folder() / f"answer-{compiler._digest(source)}.so"
+    library = compiler.cache_folder() / f"answer-{compiler._digest(source)}.so"
     library.parent.mkdir(parents=True)
     library.write_text("not a library")
     with pytest.raises(HardwareError, match=library.name):

@@ -24,9 +24,11 @@ def test_progress_goes_to_stderr_with_one_line_a_count(capsys: pytest.CaptureFix
     assert all("3/3" in line for line in lines)
 
 
-def test_error_is_one_line_whatever_the_message(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error("a.json: not valid\n  at line 3")
-    assert capsys.readouterr().err == "error: a.json: not valid at line 3\n"
+def test_each_bad_item_of_an_error_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("a.jsonl: 2 of 9 items cannot be used:\n\na.png:  not an image\r\nb.png: absent\n")
+    assert capsys.readouterr().err == (
+        "error: a.jsonl: 2 of 9 items cannot be used:\n  a.png: not an image\n  b.png: absent\n"
+    )
 
 
 def test_nothing_is_printed_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:

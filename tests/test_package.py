@@ -78,6 +78,7 @@ def test_root_holds_package_modules_only() -> None:
         "errors.py",
         "options.py",
         "progress.py",
+        "staging.py",
         "toml_tables.py",
     ]
 

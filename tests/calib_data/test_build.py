@@ -5,7 +5,8 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from nvvl.calib_data.built import SHEET, TABLE, read_manifest, read_rows
 from nvvl.calib_data.items import Item, item_hash
+from nvvl.calib_data.kept_prints import KeptPrints
 from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.calib_data.media import picture_name
 from nvvl.calib_data.sources import generated_item
@@ -243,15 +245,25 @@ def test_a_gigapixel_image_is_refused(build: Build, tmp_path: Path) -> None:
 
 def test_existing_folders_are_replaced_only_on_request(build: Build, tmp_path: Path) -> None:
     build(PAGES)
-    with pytest.raises(OutputError, match="out: exists; name another, or say --overwrite"):
+    with pytest.raises(OutputError, match="out: exists already; choose another OUT, or pass"):
         build(PAGES)
     build({**PAGES, "count": 1}, overwrite=True)
     assert read_manifest(tmp_path / "out")["summary"]["num_items"] == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("keep")
-    with pytest.raises(OutputError, match="other: exists; it is no calibration set"):
-        build(PAGES, out="other", overwrite=True)
+    for text in ("{}", '{"nvvl_version": "0.1.0"}'):  # of a checkpoint, which is no set
+        (tmp_path / "other/manifest.json").write_text(text)
+        with pytest.raises(OutputError, match=r"no manifest\.json of an nvvl calibration set"):
+            build(PAGES, out="other", overwrite=True)
     assert (tmp_path / "other/mine.txt").read_text() == "keep"
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(build: Build, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial-killed"
+    (left / "output" / "media").mkdir(parents=True)
+    os.utime(left, (1e9, 1e9))
+    build(PAGES)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_came_to_stand_at_out_meanwhile_is_kept_and_so_is_the_set(
@@ -262,10 +274,10 @@ def test_what_came_to_stand_at_out_meanwhile_is_kept_and_so_is_the_set(
         (tmp_path / "out/thesis.txt").write_text("years of work")
         return []
 
-    with pytest.raises(OutputError, match=r"out: exists; .*; the finished set is") as caught:
-        build(PAGES, suites={"exam": interfere}, overwrite=True)
+    with pytest.raises(OutputError, match=r"out: holds files .*; the finished out") as caught:
+        build(PAGES, against={"exam": interfere}, overwrite=True)
     assert (tmp_path / "out/thesis.txt").exists()
-    (kept,) = tmp_path.glob(".out.*")
+    (kept,) = tmp_path.glob(".out.*/output")
     assert str(caught.value).endswith(f"kept as {kept}")
     assert len(load_calibration_set(kept, num_items=9).items) == 4
 
@@ -277,14 +289,14 @@ def test_both_sets_are_kept_if_the_new_one_cannot_get_its_name(
     out, rename = tmp_path / "out", Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
-        if target == out and not path.name.endswith(".old"):
+        if target == out and path.name != "old":
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match=r"name \(Device or resource busy\); the finished set is"):
+    with pytest.raises(OutputError, match=r"name \(Device or resource busy\); the finished out"):
         build(PAGES, overwrite=True)
-    (kept,) = tmp_path.glob(".out.*")
+    (kept,) = tmp_path.glob(".out.*/output")
     assert [len(load_calibration_set(f, num_items=9).items) for f in (out, kept)] == [1, 4]
 
 
@@ -303,9 +315,9 @@ def test_a_source_that_is_not_there_is_named_before_anything_is_drawn(
     def draw(*_: object) -> None:
         pytest.fail("drawn before the sources were looked at")
 
-    monkeypatch.setattr("nvvl.calib_data.build.ProcessPoolExecutor", draw)
+    monkeypatch.setattr("nvvl.calib_data.comparison.ProcessPoolExecutor", draw)
     with pytest.raises(DataError, match=r"last: .*absent"):
-        build(PAGES, {**source, "name": "last"}, suites={"exam": list}, jobs=2)
+        build(PAGES, {**source, "name": "last"}, against={"exam": list}, jobs=2)
 
 
 def test_names_of_files_that_are_no_utf8_are_escaped(build: Build, tmp_path: Path) -> None:
@@ -375,8 +387,8 @@ def test_manifest_that_is_no_json_is_named(text: str, tmp_path: Path) -> None:
 
 
 def test_a_spec_is_not_taken_for_a_set(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"build it with: nvvl calib build .*mine.toml OUT"):
-        load_calibration_set(tmp_path / "mine.toml", num_items=1)
+    with pytest.raises(DataError, match=r"with: nvvl calib build '/.*/my set\.toml' OUT"):
+        load_calibration_set(tmp_path / "my set.toml", num_items=1)
 
 
 def test_overlap_is_refused_or_recorded(build: Build, tmp_path: Path) -> None:
@@ -397,8 +409,84 @@ def test_overlap_is_refused_or_recorded(build: Build, tmp_path: Path) -> None:
     manifest = build(source, suites={"exam": suite}, allow_overlap=True)
     assert manifest["overlap"] == {
         "suites": ["exam"],
+        "apart": [],
         "found": [
             {"item_id": "mine/b.png", "suite": "exam", "other_id": "exam-7", "kind": "picture"}
         ],
     }
     assert build(source, out="clean", suites={"none": list})["overlap"]["found"] == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "is_apart"),
+    [
+        ([PAGES], True),
+        ([{**PAGES, "split": "held_out"}], False),
+        ([PAGES, {"kind": "folder", "path": "images"}], False),
+    ],
+)
+def test_suites_are_drawn_only_if_a_source_can_overlap_with_them(
+    sources: list[dict[str, Any]], is_apart: bool, build: Build, tmp_path: Path
+) -> None:
+    save_image(tmp_path / "images/a.png")
+    drawn: list[str] = []
+
+    def draw(name: str) -> list[Item]:
+        drawn.append(name)
+        return []
+
+    sets = {name: partial(draw, name) for name in ("exam", "own")}
+    stages: list[str] = []
+    overlap = build(
+        *sources,
+        suites={"exam": sets["exam"]},
+        against={"own": sets["own"]},
+        progress=lambda stage, *_: stages.append(stage),
+    )["overlap"]
+    assert drawn == overlap["suites"] == (["own"] if is_apart else ["exam", "own"])
+    assert overlap["apart"] == (["exam"] if is_apart else [])
+    assert [f"comparing with {name}" in stages for name in sets] == [not is_apart, True]
+
+
+def test_suites_are_drawn_once_and_again_only_if_they_may_overlap(
+    build: Build, tmp_path: Path
+) -> None:
+    drawn: list[str] = []
+
+    def suite(name: str) -> Iterator[Item]:
+        drawn.append(name)
+        if name == "pictures":
+            picture = Image.open(tmp_path / "exam.png")
+            yield Item("exam-7", (Message("user", "<image>\nRead."),), (picture,))
+        elif name == "texts":
+            yield Item("exam-8", (Message("user", "Which words are these?"),))
+
+    for seed, name in enumerate(("exam", "images/a", "other/b")):
+        save_image(tmp_path / f"{name}.png", seed, (64, 64))
+    write_jsonl(
+        tmp_path / "x.jsonl", {"messages": [{"role": "user", "content": "which words, are these"}]}
+    )
+    names = ("pictures", "texts", "none")
+    options: dict[str, Any] = {
+        "suites": {name: partial(suite, name) for name in names},
+        "kept": KeptPrints(tmp_path / "cache", "0"),
+        "allow_overlap": True,
+        "overwrite": True,
+    }
+
+    def overlaps(kind: str, path: str) -> list[str]:
+        drawn.clear()
+        found = build({"kind": kind, "path": path}, **options)["overlap"]["found"]
+        return [overlap["suite"] for overlap in found]
+
+    assert (overlaps("folder", "images"), drawn) == ([], list(names))
+    assert (overlaps("folder", "other"), drawn) == ([], [])
+    shutil.copy(tmp_path / "exam.png", tmp_path / "images/c.png")
+    assert (overlaps("folder", "images"), drawn) == (["pictures"], ["pictures"])
+    assert (overlaps("jsonl", "x.jsonl"), drawn) == (["texts"], ["texts"])
+    (kept,) = (tmp_path / "cache").glob("suite-none-*")
+    kept.write_bytes(b"damaged")
+    assert (overlaps("folder", "other"), drawn) == ([], ["none"])
+    options["kept"] = KeptPrints(tmp_path / "cache", "1")  # drawn in another way now
+    assert (overlaps("folder", "other"), drawn) == ([], list(names))
+    assert len(list((tmp_path / "cache").iterdir())) == len(names)

@@ -68,9 +68,9 @@ def test_text_alone_has_no_image_tokens(processor: Processor) -> None:
 
 def test_a_mismatch_is_an_error(processor: Processor) -> None:
     item = Item("a", (Message("user", "<image>\nWhat?"),))
-    with pytest.raises(DataError, match="1 <image> placeholders for 0 files"):
+    with pytest.raises(DataError, match="1 <image> placeholders, but 0 images"):
         count_tokens(item, processor)
-    with pytest.raises(DataError, match="0 <video> placeholders for 1 files"):
+    with pytest.raises(DataError, match="0 <video> placeholders, but 1 videos"):
         count_tokens(
             Item("a", (ASK,), videos=(Video((picture(8, 8),), 1.0, (0,)),)),
             processor,

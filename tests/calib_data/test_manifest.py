@@ -55,6 +55,14 @@ def test_items_can_be_indexed_and_sliced() -> None:
         items[4]
 
 
+def test_long_default_set_takes_no_memory_until_it_is_read() -> None:
+    items = load_calibration_set(num_items=2**32, seed=1).items
+    assert (len(items), items[-1].item_id) == (2**32, f"card-train-1-{2**32 - 1}")
+    assert [item.item_id for item in items[2:4]] == ["line-train-1-2", "table-train-1-3"]
+    with pytest.raises(DataError, match=r"default: required at most 4294967296 items, got 10000"):
+        load_calibration_set(num_items=10**20)
+
+
 def test_own_images_are_sampled_by_seed(tmp_path: Path) -> None:
     folder = save_images(tmp_path / "images", 20)
     first, again, other = (
@@ -91,5 +99,5 @@ def test_what_cannot_be_a_set_is_refused(tmp_path: Path) -> None:
         load_calibration_set(tmp_path / "absent", num_items=1)
     with pytest.raises(DataError, match="found none"):
         load_calibration_set(tmp_path, num_items=1)
-    with pytest.raises(DataError, match="at least one item, got num_items=0"):
+    with pytest.raises(DataError, match="required at least one item, got 0"):
         load_calibration_set(num_items=0)

@@ -132,7 +132,8 @@ def test_killed_run_goes_on_to_the_same_bytes(
     with pytest.raises(Killed):
         distill_blockwise(run, tiny_checkpoint, out, recipe, items, execution=execution)
     other = dataclasses.replace(recipe, num_steps=16)
-    with pytest.raises(OutputError, match="holds a run with another recipe"):
+    message = r"holds a run with other settings: recipe\.num_steps \(--steps\): \d+ then, 16 now;"
+    with pytest.raises(OutputError, match=message):
         distill_blockwise(run, tiny_checkpoint, out, other, items, execution=NVVL)
     distill_blockwise(run, tiny_checkpoint, out, recipe, items, execution=NVVL)
     for name in ("model.safetensors", "calibration.amax"):
@@ -325,7 +326,9 @@ def test_run_of_another_processor_is_not_gone_on_with(
         )
     arithmetic = {"processor": "PDP-11"}
     monkeypatch.setattr("nvvl.distill.blockwise.describe_arithmetic", lambda _: arithmetic)
-    with pytest.raises(OutputError, match=r"out\.train: holds a run with another .*processor"):
+    with pytest.raises(
+        OutputError, match=r"out\.train: holds a run with other settings: .*processor"
+    ):
         distill_blockwise(run, tiny_checkpoint, out, short, items)
 
 

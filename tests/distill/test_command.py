@@ -73,8 +73,14 @@ def test_distill_writes_both_folders(
     ("options", "parts"),
     [
         (["--recipe", "qad"], ("qad: required one of qad_nvfp4",)),
-        (["--lr", "-1"], ("learning_rate: required 0 to 1",)),
+        (["--lr", "-1"], ("learning_rate: required above 0 and at most 1, got -1",)),
         (["--data", "nowhere"], ("nowhere: no such file",)),
+        (["--shard"], ("--shard: slices the state over several processes, and there is one",)),
+        (["--steps", "9" * 20], ("num_steps: required an integer from 1 to 1000000000, got 9999",)),
+        (
+            ["--seed", "9" * 20],
+            ("'--seed': Input should be less than or equal to 9223372036854775807",),
+        ),
     ],
 )
 def test_error_is_one_line(

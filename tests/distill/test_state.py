@@ -145,7 +145,7 @@ def test_every_tensor_must_fit(
 def test_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     save(tmp_path / "s")
     other = StateFolder(tmp_path / "s", IDENTITY | {"teacher": "def"})
-    with pytest.raises(OutputError, match="holds a run with another teacher"):
+    with pytest.raises(OutputError, match=r"run with other settings: teacher: .* then, .* now"):
         other.open(size_bytes=10, overwrite=False)
     assert other.open(size_bytes=10, overwrite=True) is False
 
@@ -178,7 +178,9 @@ def test_run_of_another_version_is_not_gone_on_with(
 ) -> None:
     save(tmp_path / "s")
     monkeypatch.setattr("nvvl.distill.train_folder.library_versions", lambda: {"torch": "9"})
-    with pytest.raises(OutputError, match=r"with another .*version of torch"):
+    with pytest.raises(
+        OutputError, match=r"with other settings: .*version of torch: .* then, 9 now"
+    ):
         StateFolder(tmp_path / "s", IDENTITY).open(size_bytes=10, overwrite=False)
 
 

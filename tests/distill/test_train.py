@@ -463,7 +463,9 @@ def test_run_of_another_processor_is_not_gone_on_with(
     else:  # as states were before they named it
         del state["identity"]["processor"]
         path.write_text(json.dumps(state))
-    with pytest.raises(OutputError, match=r"out\.train: holds a run with another .*processor"):
+    with pytest.raises(
+        OutputError, match=r"out\.train: holds a run with other settings: .*processor"
+    ):
         distill(run, tiny_checkpoint, out, recipe, items)
 
 

@@ -18,7 +18,7 @@ from nvvl.cli import app
 from nvvl.errors import EngineError, HardwareError
 from nvvl.export import onnx_extra
 from nvvl.export.answer import Answer, TorchBackend, answer
-from nvvl.export.backends import open_backend
+from nvvl.export.backends import BackendName, open_backend
 from nvvl.export.graph_backend import GraphBackend
 from nvvl.export.onnx_backend import open_graphs
 from nvvl.export.onnx_export import export_onnx
@@ -213,6 +213,27 @@ def test_missing_extra_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -
     refused = pytest.raises(HardwareError, match=r"need onnxruntime, .*pip install 'nvvl\[onnx\]'")
     with refused, open_backend(source, "onnx", device="cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "meant"),
+    [
+        ("prefill.engine", "engines", "engine"),
+        ("prefill.onnx", "ONNX graphs", "onnx"),
+        ("model.safetensors", "a checkpoint", "torch"),
+    ],
+)
+def test_folder_that_another_backend_runs_is_refused(
+    file: str, kind: str, meant: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).touch()
+    backends: tuple[BackendName, ...] = ("torch", "engine", "onnx")
+    for backend in backends:
+        if backend == meant or (backend, meant) == ("onnx", "torch"):
+            continue
+        refused = pytest.raises(EngineError, match=rf": holds {kind}; pass --backend {meant}$")
+        with refused, open_backend(tmp_path, backend, device="cpu"):
+            pass
 
 
 def invoke(*arguments: object) -> Any:

@@ -164,7 +164,8 @@ def test_existing_folder_is_kept(source: Path, tmp_path: Path) -> None:
     [
         ({"dtyp": "bf16"}, "unknown key 'dtyp'; did you mean dtype"),
         ({"dtype": "f64"}, "dtype: required one of bf16, f32, got 'f64'"),
-        ({"kv_capacity": 0}, "kv_capacity: required a positive integer, got 0"),
+        ({"kv_capacity": 0}, "kv_capacity: required an integer from 1 to 1048576, got 0"),
+        ({"kv_capacity": 10**20}, "kv_capacity: required an integer from 1 to 1048576, got 1"),
         ({"kv_capacity": 100, "prefill_tokens": 200}, "200 new tokens do not fit"),
     ],
 )

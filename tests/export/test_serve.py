@@ -214,3 +214,10 @@ def test_verb_prints_the_command_and_exits_by_the_verdict(copy_of: Callable[[str
     served = CliRunner().invoke(app, ["export", "serve", str(folder), "--for", "vllm", "--json"])
     assert served.exit_code == 0
     assert json.loads(served.stdout)["commands"][0].startswith("vllm serve ")
+
+
+def test_quantized_source_is_refused(written: Callable[[str], Path]) -> None:
+    run = str(written("nvfp4"))
+    refused = CliRunner().invoke(app, ["export", "serve", run, "--for", "vllm", "--against", run])
+    assert refused.exit_code == 2
+    assert "holds quantized weights; required the BF16 checkpoint" in refused.stderr

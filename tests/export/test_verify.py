@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
-from nvvl.errors import CheckpointError, HardwareError, OutputError
+from nvvl.cli import app
+from nvvl.errors import CheckpointError, EngineError, HardwareError, OutputError
 from nvvl.export.checks import Check
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.export.view import open_view
@@ -442,6 +444,29 @@ def test_without_source_what_needs_it_is_not_checked(written: Folders) -> None:
     assert {rule for rule, s in status.items() if s == "not checked"} == needs_source
     assert status["H1"] == status["V4"] == "passed"
     assert report.passed
+    assert ": verified by its manifest.json alone; give --against" in report.summary_lines()[-1]
+
+
+def test_without_source_and_manifest_nothing_is_verified(copy_of: Folders) -> None:
+    out = copy_of("nvfp4")
+    (out / "manifest.json").unlink()
+    report = verify(out)
+    assert not failed(report)
+    assert not report.passed
+    assert ": NOT verified: without manifest.json and " in report.summary_lines()[-1]
+    assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 1
+
+
+def test_folder_in_which_nothing_is_quantized_is_the_users_error(source: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing in it is quantized, and it has no manifest"):
+        verify(source, source)
+
+
+def test_folder_without_graphs_is_the_users_error(written: Folders, tmp_path: Path) -> None:
+    run = written("nvfp4")
+    for folder in (tmp_path / "nowhere", run):
+        with pytest.raises(EngineError, match=r"holds no io\.json; required a folder that nvvl ex"):
+            verify(run, graphs=folder)
 
 
 def test_changed_side_file_does_not_keep_logits_from_being_compared(

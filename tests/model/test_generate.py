@@ -178,6 +178,13 @@ def test_sampling_inverts_the_distribution(uniform: float, top_p: float, token: 
     assert choose_tokens(logits, sampling, torch.tensor([uniform])) == [token]
 
 
+def test_of_equally_likely_tokens_the_first_is_kept() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, 700::7] = 1
+    sampling = Sampling(temperature=1.0, top_p=1e-9)
+    assert choose_tokens(logits, sampling, torch.tensor([0.5])) == [700]
+
+
 def test_temperature_flattens_the_distribution() -> None:
     logits = torch.tensor([[0.0, 2.0]]).expand(4000, 2)
     uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))

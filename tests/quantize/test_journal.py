@@ -10,7 +10,7 @@ import pytest
 from nvvl.errors import OutputError
 from nvvl.quantize.journal import BlockRecord, Journal, read_journal
 from nvvl.quantize.manifest import encode_json
-from nvvl.quantize.staging import Stage
+from nvvl.staging import Stage
 
 
 def block_record(item_id: str) -> BlockRecord:

@@ -33,8 +33,8 @@ from nvvl.quantize.journal import (
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.presets import PRESETS, fp8, nvfp4, nvfp4_w4a16
 from nvvl.quantize.recipe import Recipe, Rule
-from nvvl.quantize.staging import Stage, resumable_folder
 from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.staging import Stage, resumable_folder
 
 LAYERS = "language_model.backbone.layers"
 QuantizeTiny = Callable[[str], Path]
@@ -309,7 +309,7 @@ def changed_content(items: CalibrationSet) -> CalibrationSet:
         ("processor", r"processor: \w+ then, another now"),
         ("processor model", r"processor model: .+ then, Other CPU \(\w{8}\) now"),
         ("weights", r"source model\.safetensors: .* then, .* now"),
-        ("tokenizer", r"source tokenizer_config\.json: .* then, .* now"),
+        ("tokenizer", r"source tokenizer_config\.json: other content now"),
     ],
 )
 def test_changed_input_is_refused_with_what_differs(

@@ -295,10 +295,9 @@ def test_existing_out_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match=r"out: exists already; choose .* or pass --overwrite"):
-        quantize_checkpoint(tiny_checkpoint, out, nvfp4_w4a16(), None)
-    with pytest.raises(OutputError, match=r"holds files but no manifest\.json"):
-        quantize_checkpoint(tiny_checkpoint, out, nvfp4_w4a16(), None, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"holds files but no manifest\.json .*not replaced"):
+            quantize_checkpoint(tiny_checkpoint, out, nvfp4_w4a16(), None, overwrite=overwrite)
     assert_only(out, "thesis.txt")
     assert_only(tmp_path, "out")
 
@@ -309,6 +308,14 @@ def test_source_is_never_replaced(make_checkpoint: MakeCheckpoint, tmp_path: Pat
         with pytest.raises(OutputError, match=f"holds {source}, which is read"):
             quantize_checkpoint(source, out, nvfp4_w4a16(), None, overwrite=True)
     assert (source / "model.safetensors").exists()
+
+
+def test_output_in_the_source_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    before = sorted(source.iterdir())
+    with pytest.raises(OutputError, match=f"out: lies in {source}, which is read; choose another"):
+        quantize_checkpoint(source, source / "out", nvfp4_w4a16(), None)
+    assert sorted(source.iterdir()) == before
 
 
 def test_overwrite_replaces_an_earlier_output(tiny_checkpoint: Path, tmp_path: Path) -> None:

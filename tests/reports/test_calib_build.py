@@ -29,8 +29,9 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def _few_items(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_items(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(overlap, "NUM_ITEMS", 3)
+    monkeypatch.setattr(overlap, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_set_is_built_shown_and_taken_by_quantize(
     assert built.exit_code == 0, built.output
     assert "4 items in" in built.stdout
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["overlap"] == {"suites": list(SUITES), "found": []}
+    assert manifest["overlap"] == {"suites": [], "apart": list(SUITES), "found": []}
     assert manifest["spec"]["model"] == str(tiny_checkpoint)
     shown = run("calib", "show", out, "--samples", "2")
     assert "contact_sheet.png" in shown.stdout
@@ -100,13 +101,34 @@ def test_own_test_set_must_not_overlap(spec: Path, tiny_checkpoint: Path, tmp_pa
 
 
 def test_every_suite_is_compared_and_sets_must_exist(tmp_path: Path) -> None:
-    sets = overlap.evaluation_sets(())
+    sets = overlap.suite_sets()
     assert list(sets) == list(SUITES)
     assert [item.item_id for item in sets["line"]()] == ["line-0-0", "line-0-1", "line-0-2"]
     with pytest.raises(DataError, match="absent: no such file or folder"):
-        overlap.evaluation_sets([str(tmp_path / "absent")])
+        overlap.own_sets([str(tmp_path / "absent")])
     with pytest.raises(DataError, match=r"video: is the name of a suite.* as \./video"):
-        overlap.evaluation_sets(["video"])
+        overlap.own_sets(["video"])
+
+
+def test_suites_are_kept_for_the_next_set_of_own_pictures(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "images" / "a.png")
+    spec = tmp_path / "own.toml"
+    spec.write_text('name = "own"\n[[sources]]\nkind = "folder"\npath = "images"\n')
+    kept = []
+    for _ in range(2):
+        built = run(
+            *("calib", "build", spec, tmp_path / "set", "--model", tiny_checkpoint, "--overwrite")
+        )
+        assert built.exit_code == 0, built.output
+        kept.append({p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()})
+    assert kept[0] == kept[1]
+    digest = overlap.kept_prints().digest
+    assert sorted(kept[0]) == sorted(f"suite-{name}-{digest}.npz" for name in SUITES)
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["overlap"] == {"suites": list(SUITES), "apart": [], "found": []}
 
 
 def test_ids_of_any_characters_name_files(tmp_path: Path) -> None:

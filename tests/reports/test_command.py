@@ -4,7 +4,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from typer.testing import CliRunner
 
+from nvvl.cli import app
 from nvvl.errors import DataError
 from nvvl.model.resolve import resolve_model
 from nvvl.reports.command import name_models
@@ -52,3 +54,30 @@ def test_labels_name_models() -> None:
 def test_label_that_cannot_name_a_folder_is_refused(label: str) -> None:
     with pytest.raises(DataError, match="--label: required a name of one line without slashes"):
         name_models(["org/tiny-vl"], [label])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate MODEL --items HUGE", "line: has 17179869184 items, asked for 1"),
+        ("evaluate MODEL --seed HUGE", "Invalid value for '--seed'"),
+        ("evaluate MODEL --batch HUGE", "Invalid value for '--batch'"),
+        ("evaluate MODEL --max-tiles HUGE", "--max-tiles: required 1 to 1024, got 1"),
+        ("sweep evs MODEL --items HUGE", "video: has 17179869184 items, asked for 1"),
+        ("sweep tiles MODEL --items HUGE", "page: has 17179869184 items, asked for 1"),
+        ("sweep depth MODEL --teacher MODEL --items HUGE", "line: has 17179869184 items, asked"),
+        ("sweep depth MODEL --teacher MODEL --timed 4", "and neither --value nor --timed"),
+        ("sweep depth MODEL", "sweep depth: required --teacher"),
+        ("lm-eval MODEL --task nvvl_copy --limit HUGE", "Invalid value for '--limit'"),
+        ("demo --items HUGE", "line: has 17179869184 items, asked for 1"),
+    ],
+)
+def test_what_would_never_end_or_is_of_another_kind_is_refused_at_once(
+    arguments: str, message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    words = {"MODEL": str(tiny_checkpoint), "HUGE": str(10**20)}
+    out = ["-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*(words.get(w, w) for w in arguments.split()), *out])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -144,7 +144,44 @@ def test_demo_does_not_replace_what_nvvl_did_not_write(source: Path, tmp_path: P
     mine.parent.mkdir(parents=True)
     mine.write_text("keep")
     with pytest.raises(OutputError, match=r"no manifest\.json of an output of nvvl"):
-        run_demo(source, tmp_path / "demo", num_items=1, num_calibration_items=2)
+        run_demo(source, tmp_path / "demo", num_items=1, num_calibration_items=2, overwrite=True)
     with pytest.raises(OutputError, match="required a folder for the demo, got a file"):
         run_demo(source, mine, num_items=1)
     assert mine.read_text() == "keep"
+
+
+def test_demo_replaces_only_its_own_outputs_of_the_same_settings(
+    source: Path,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "demo"
+    items = load_calibration_set("default", num_items=2)
+    quantize_checkpoint(
+        source, out / "fp8", replace(load_recipe("fp8"), num_calibration_items=2), items
+    )
+    before = (out / "fp8" / "manifest.json").read_bytes()
+    with pytest.raises(OutputError, match="a new or empty folder, or that of a demo, which has d"):
+        run_demo(source, out)
+    assert [path.name for path in out.iterdir()] == ["fp8"]
+    assert (out / "fp8" / "manifest.json").read_bytes() == before
+
+    class BegunError(Exception):
+        pass
+
+    def begin(*_: object, **__: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(demo, "load_calibration_set", begin)
+    for overwrite, short in ((True, False), (False, False), (False, True)):
+        with pytest.raises(BegunError):
+            run_demo(source, out, num_items=5, overwrite=overwrite, short=short)
+    with pytest.raises(OutputError, match=r"a demo with items 5, asked for 6; .* --overwrite"):
+        run_demo(source, out, num_items=6)
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(OutputError, match="holds a demo with model_sha256"):
+        run_demo(other, out, num_items=5)
+    (out / "report.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"report\.md: is there and was not written by nvvl"):
+        run_demo(source, out, num_items=5)

@@ -12,7 +12,7 @@ from nvvl.calib_data.items import Item
 from nvvl.errors import CheckpointError, DataError, OutputError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Message, Processor
-from nvvl.reports.curves import Depth, LayerNoise, load_depth, write_curves
+from nvvl.reports.curves import Depth, LayerNoise, load_depth, require_replaceable, write_curves
 from nvvl.reports.depth import measure_depth
 from nvvl.reports.question import prepare_question
 from nvvl.reports.suites import Suite
@@ -133,13 +133,35 @@ def test_curves_of_another_model_are_not_replaced_without_a_word(
     measured: Depth, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     write_curves(measured, tmp_path)
-    with pytest.raises(OutputError, match=r"depth\.json: has curves of changed, which would be lo"):
+    with pytest.raises(OutputError, match=r"depth\.json: has curves of changed, which would be l"):
         measure_depth({"same": folders[0]}, folders[0], tmp_path, [NUMBERS])
+    for plan, lost in (
+        (replace(measured, num_items=6), "curves with --items 5, asked for 6"),
+        (replace(measured, seed=1), "curves with --seed 0, asked for 1"),
+        (
+            replace(measured, model_sha256={**measured.model_sha256, "same": "b"}),
+            "curves of same with other weights",
+        ),
+        (replace(measured, reference_sha256="a"), "curves against another --teacher"),
+    ):
+        with pytest.raises(OutputError, match=rf"depth\.json: has {lost}, which would be lost"):
+            require_replaceable(plan.plan, tmp_path, overwrite=False)
+    require_replaceable(measured.plan, tmp_path, overwrite=False)
     assert load_depth(tmp_path / "depth.json") == measured
     depth = measure_depth(
         {"same": folders[0]}, folders[0], tmp_path, [NUMBERS], num_items=1, overwrite=True
     )
     assert load_depth(tmp_path / "depth.json") == depth
+
+
+def test_a_file_is_refused_before_anything_is_measured(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("nvvl.reports.depth.load_any")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file: required a folder for the sweep, got a file"):
+        measure_depth({"A": tiny_checkpoint}, tiny_checkpoint, tmp_path / "file", [NUMBERS])
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_model_in_another_basis_is_refused(

@@ -231,9 +231,12 @@ def test_another_seed_asks_other_items(run: Evaluate, whole: RunResult, tmp_path
     ("overrides", "message"),
     [
         ({"suites": []}, "required at least one suite and one checkpoint"),
-        ({"num_items": 0}, "num_items: required at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size: required at least 1, got 0"),
-        ({"gate_items": 21}, "gate_items: required 0 to 20, got 21"),
+        ({"num_items": 0}, "--items: required at least 1, got 0"),
+        ({"batch_size": 0}, "--batch: required at least 1, got 0"),
+        ({"gate_items": 21}, "--gate: required 0 to 20, got 21"),
+        ({"num_items": 10**20}, f"has {2**34} items, asked for {10**20}; ask for fewer items"),
+        ({"max_num_tiles": 10**20}, f"--max-tiles: required 1 to 1024, got {10**20}"),
+        ({"seed": 2**63}, f"--seed: required 0 to {2**63 - 1}, got {2**63}"),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_written(
@@ -251,7 +254,7 @@ def test_a_folder_without_a_model_is_named(run: Evaluate, tmp_path: Path) -> Non
 
 
 def test_a_run_is_not_mixed_with_another(run: Evaluate, whole: RunResult) -> None:
-    with pytest.raises(OutputError, match="holds a run with seed 0, asked for 1"):
+    with pytest.raises(OutputError, match="holds a run with --seed 0, asked for 1"):
         run(whole.out, seed=1)
 
 

@@ -78,7 +78,7 @@ def test_proof_of_what_was_there_before_is_refused_whatever_the_times(
     with pytest.raises(DataError, match=r"proves another checkpoint than what is now at"):
         gather_evidence([run])
     write_proof(proof, run.model, passed="false")
-    with pytest.raises(DataError, match=r"passed: required true or false, got 'false'"):
+    with pytest.raises(DataError, match=r"passed: required true or false, got \"false\""):
         gather_evidence([run])
 
 
@@ -104,11 +104,19 @@ def test_checkpoint_written_anew_since_it_was_asked_is_refused(
         gather_evidence([asked])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 1, "passed": true}'])
-def test_file_that_is_no_proof_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value: line 1"),
+        ("[]", "a value in it is of another kind"),
+        ("{}", "folder is missing"),
+        ('{"folder": 1, "passed": true}', "a value in it is of another kind"),
+    ],
+)
+def test_file_that_is_no_proof_is_named(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "proof.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=r"proof\.json: required the output of nvvl verify"):
+    with pytest.raises(DataError, match=rf"proof\.json: required the output .* \({reason}"):
         read_proof(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
+from nvvl.cli import app
 from nvvl.errors import DataError, HardwareError, OutputError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor
@@ -317,7 +320,7 @@ def test_items_are_known_by_what_was_asked(
     difference = task.metrics[0].scores["b"].difference
     assert difference is not None
     assert difference.p_value is not None
-    with pytest.raises(DataError, match=r"num_fewshot 1 \(there 0\)"):
+    with pytest.raises(DataError, match=r"--fewshot 1 \(there 0\)"):
         compare_tasks([alike, other], "a")
 
 
@@ -377,10 +380,49 @@ def test_other_settings_need_another_folder(
 ) -> None:
     run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], options)
     shorter = HarnessOptions(limit=3, batch_size=4)
-    with pytest.raises(OutputError, match=r"results with other settings \(limit\); choose another"):
+    with pytest.raises(
+        OutputError, match=r"results with other settings \(--limit\); choose another"
+    ):
         run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], shorter)
     run = run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], shorter, overwrite=True)
     assert run.results[0].num_items == 3
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_of_something_else_is_left_as_it_is(
+    tiny_checkpoint: Path, tmp_path: Path, options: HarnessOptions, overwrite: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="required a new or empty folder for a run"):
+        run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], options, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_every_folder_is_looked_at_before_the_first_model_is_asked(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("mine")
+    models = [str(shutil.copytree(tiny_checkpoint, tmp_path / name)) for name in ("one", "two")]
+    labels = ["--label", "a", "--label", "b"]
+    options = ["--task", "nvvl_copy", "-o", str(tmp_path), "--limit", "1"]
+    done = CliRunner().invoke(app, ["lm-eval", *models, *options, *labels])
+    assert done.exit_code == 2
+    assert "b: required a new or empty folder for a run" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_more_examples_than_a_task_has_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = (harness.TASKS_FOLDER / "nvvl_copy.yaml").read_text().replace("nvvl_copy", "mine")
+    (tmp_path / "mine.yaml").write_text(text + "fewshot_split: test\n")
+    for task, num_examples in (
+        ("nvvl_copy", len(copies()["test"])),
+        ("mine", len(copies()["test"]) - 1),
+    ):
+        too_many = HarnessOptions(limit=1, num_fewshot=num_examples + 1)
+        message = f"the task {task} has {num_examples} examples .* asked for {num_examples + 1}"
+        with pytest.raises(DataError, match=message):
+            run_tasks(tiny_checkpoint, tmp_path / "run", [task], too_many, tasks_folder=tmp_path)
 
 
 def test_tasks_do_not_go_on_with_other_arithmetic(
@@ -421,10 +463,12 @@ def test_task_files_of_ones_own_are_found(
     assert run.results[0].task == "mine"
     edited = folder / "mine.yaml"
     edited.write_text(edited.read_text() + "\n# another filter\n")
-    with pytest.raises(OutputError, match=r"results with other settings \(tasks_sha256\)"):
+    with pytest.raises(OutputError, match=r"results with other settings \(files of --tasks\)"):
         run_tasks(tiny_checkpoint, tmp_path / "run", ["mine"], options, tasks_folder=folder)
     with pytest.raises(DataError, match="not a folder; required one with task files"):
         run_tasks(tiny_checkpoint, tmp_path, ["mine"], options, tasks_folder=tmp_path / "none")
+    with pytest.raises(DataError, match=r"run: no file there \(\*\.yaml\) names a task"):
+        run_tasks(tiny_checkpoint, tmp_path, ["nvvl_copy"], tasks_folder=tmp_path / "run")
 
 
 def test_data_that_cannot_be_had_is_one_line(

@@ -98,7 +98,9 @@ def test_other_settings_are_refused_or_replaced(run: HarnessRun) -> None:
     write(run)
     (run.out / "lm-eval.jsonl").write_text("{}\n")
     other = replace(run, settings=replace(run.settings, limit=3, chat=True))
-    with pytest.raises(OutputError, match=r"other settings \(chat, limit\); choose another folder"):
+    with pytest.raises(
+        OutputError, match=r"other settings \(--chat, --limit\); choose another folder"
+    ):
         start(other)
     assert start(other, overwrite=True).run.tasks == {}
     assert list(run.out.iterdir()) == []
@@ -148,11 +150,11 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
     [
         ({"label": ".."}, "label: required a name of one line"),
         ({"label": 5}, "run.label: required text, got 5"),
-        ({"model": None}, "run.model: required a path, got None"),
+        ({"model": None}, "run.model: required a path, got null"),
         ({"weights_bytes": "x"}, "run.weights_bytes: required a whole number"),
         ({"settings": {}}, "run.settings: missing model_sha256"),
         ({"tasks": {"arc": [{}]}}, r"run.tasks.arc\[0\]: missing task"),
-        ({"unfinished": "x"}, "run.unfinished: required a list, got 'x'"),
+        ({"unfinished": "x"}, 'run.unfinished: required a list, got "x"'),
     ],
 )
 def test_results_with_other_values_are_named(

@@ -57,11 +57,11 @@ def test_values_become_what_the_annotations_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": None}, "run.name: required text, got None"),
+        ({"name": None}, "run.name: required text, got null"),
         ({"count": -1}, r"run.count: required a whole number from 0 to 2\^63 - 1, got -1"),
         ({"count": 10**30}, "run.count: required a whole number"),
         ({"count": True}, "run.count: required a whole number"),
-        ({"flag": "false"}, "run.flag: required true or false, got 'false'"),
+        ({"flag": "false"}, 'run.flag: required true or false, got "false"'),
         ({"place": "a\0b"}, "run.place: required a path"),
         ({"place": "\ud800"}, "run.place: required a path"),
         ({"kind": ["a"]}, "run.kind: required one of a, b"),

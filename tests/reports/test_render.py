@@ -1,15 +1,12 @@
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from nvvl.errors import OutputError
 from nvvl.reports.collect import Difference, ImageGate, Report, RunScore, SuiteScore
 from nvvl.reports.compare import Interval
-from nvvl.reports.render import make_rows, make_table, render_markdown, write_report
+from nvvl.reports.render import make_rows, make_table, render_json, render_markdown
 
 
 def make_interval(estimate: float, half: float, n: int = 1000) -> Interval:
@@ -147,18 +144,8 @@ def test_three_runs_fit_a_terminal_of_80_columns() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
-def test_json_holds_the_unrounded_numbers(tmp_path: Path) -> None:
-    json_path, markdown_path = write_report(REPORT, tmp_path / "report")
-    values = json.loads(json_path.read_text())
-    assert json_path.name == "report.json"
-    assert markdown_path.read_text() == render_markdown(REPORT)
+def test_json_holds_the_unrounded_numbers() -> None:
+    values = json.loads(render_json(REPORT))
     assert values["runs"][1]["suites"]["key_value"]["score"]["estimate"] == 0.9412
     assert values["runs"][1]["suites"]["key_value"]["difference"]["num_lost"] == 10
     assert values["runs"][0]["kl"] is None
-
-
-def test_a_report_does_not_replace_a_file(tmp_path: Path) -> None:
-    (tmp_path / "report").write_text("mine")
-    with pytest.raises(OutputError, match="required a folder"):
-        write_report(REPORT, tmp_path / "report")
-    assert (tmp_path / "report").read_text() == "mine"

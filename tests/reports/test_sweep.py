@@ -227,7 +227,18 @@ def test_interrupt_while_times_are_taken_says_that_answers_are_kept(
     ("kind", "values", "message"),
     [
         ("evs", (1.0,), "required a rate from 0 to below 1, got 1"),
-        ("tiles", (0.5,), "required a whole number of tiles, got 0.5"),
+        ("tiles", (0.5,), "required a whole number of tiles from 1 to 1024, as .*, got 0.5"),
+        (
+            "tiles",
+            (float("inf"),),
+            "required a whole number of tiles from 1 to 1024, as .*, got inf",
+        ),
+        (
+            "tiles",
+            (float("nan"),),
+            "required a whole number of tiles from 1 to 1024, as .*, got nan",
+        ),
+        ("tiles", (1e30,), "required a whole number of tiles from 1 to 1024, as .*, got 1e\\+30"),
         ("evs", (0.5, 0.5), "each value may be given once"),
     ],
 )
@@ -259,11 +270,50 @@ def test_curves_of_other_models_or_suites_are_not_replaced_without_a_word(
     write_curves(swept[1], tmp_path)
     other = replace(FILM, name="other")
     for label, suite, lost in (("FP8", FILM, "BF16"), ("BF16", other, "film")):
-        with pytest.raises(OutputError, match=rf"sweep-evs\.json: has curves of {lost}, which wou"):
+        with pytest.raises(
+            OutputError, match=rf"sweep-evs\.json: has curves of {lost}, .*which wou"
+        ):
             run_sweep("evs", {label: tiny_checkpoint}, tmp_path, OPTIONS, suites=[suite])
     assert load_curves(tmp_path) == ([swept[1]], [])
-    require_replaceable("evs", tmp_path, ["BF16", "FP8", "film"], overwrite=False)
-    require_replaceable("evs", tmp_path, ["FP8", "film"], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"values": (0.0, 0.5)}, "curves of --value 0.75, which"),
+        ({"values": (0.5, 0.0, 0.75)}, "differences to 0, which"),
+        ({"num_items": 5}, "curves with --items 6, asked for 5, which"),
+        ({"num_timed": 1}, "curves with --timed 2, asked for 1, which"),
+        ({"seed": 1}, "curves with --seed 0, asked for 1, which"),
+        ({"dtype": "float32"}, "curves with dtype bfloat16, asked for float32, which"),
+    ],
+)
+def test_curves_of_other_settings_are_not_replaced_without_a_word(
+    changes: dict[str, Any], lost: str, swept: tuple[Path, Sweep]
+) -> None:
+    out, sweep = swept
+    plan = sweep.plan
+    more: dict[str, Any] = {
+        "labels": ("FP8", "BF16"),
+        "suites": ("page", "film"),
+        "values": (0.0, 0.9, 0.75, 0.5),
+    }
+    for enough in (plan, replace(plan, **more)):
+        require_replaceable(enough, out, overwrite=False)
+    with pytest.raises(OutputError, match=rf"sweep-evs\.json: has {lost} would be lost"):
+        require_replaceable(replace(plan, **changes), out, overwrite=False)
+    require_replaceable(replace(plan, **changes), out, overwrite=True)
+
+
+def test_curves_need_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "sweep-evs.json").mkdir()
+    for out, message in (
+        (tmp_path / "file", "got a file"),
+        (tmp_path, "required a file, got"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            run_sweep("evs", {"A": tiny_checkpoint}, out, OPTIONS, suites=[FILM], overwrite=True)
 
 
 def test_something_else_is_not_read_as_a_sweep(swept: tuple[Path, Sweep], tmp_path: Path) -> None:

@@ -186,11 +186,11 @@ def test_one_task_twice_under_one_label_is_refused(make_harness_run: MakeRun) ->
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        ({"limit": 2}, {}, r"limit 2 \(there None\); run both with the same settings"),
-        ({"chat": True, "dtype": "float32"}, {}, r"chat True \(there False\), dtype float32 \("),
-        ({"max_length": 512}, {}, r"max_length 512 \(there 4096\)"),
-        ({"lm_eval_version": "0.5"}, {}, r"lm_eval_version 0.5 \(there 0.4.13\)"),
-        ({}, {"num_fewshot": 5}, r"num_fewshot 5 \(there 0\)"),
+        ({"limit": 2}, {}, r"--limit 2 \(there none\); run both with the same settings"),
+        ({"chat": True, "dtype": "float32"}, {}, r"--chat yes \(there no\), dtype float32 \("),
+        ({"max_length": 512}, {}, r"--max-length 512 \(there 4096\)"),
+        ({"lm_eval_version": "0.5"}, {}, r"lm eval version 0.5 \(there 0.4.13\)"),
+        ({}, {"num_fewshot": 5}, r"--fewshot 5 \(there 0\)"),
         ({}, {"version": "2.0"}, r"version 2.0 \(there 1.0\)"),
     ],
 )

@@ -148,15 +148,17 @@ def document_row(document: Document, processor: Processor, length: int) -> Row:
 def glyph_targets(document: Document, config: VLMConfig) -> np.ndarray:
     """Return (k, 3) rows of 0, patch, and cell * `NUM_GLYPHS` + glyph, for a document of one tile.
 
-    A glyph stands where its centre is; cells are counted from the left, row after row.
+    A glyph stands where its centre is on the tile, which is the document's picture enlarged; cells
+    are counted from the left, row after row.
     """
     size, patch = config.image_size, config.vision.patch_size
+    width, height = document.images[0].size
     rows = []
     for glyph in document.glyphs[0]:
         if glyph.char == " ":
             continue
-        x = min((glyph.x0 + glyph.x1) // 2, size - 1)
-        y = min((glyph.y0 + glyph.y1) // 2, size - 1)
+        x = min((glyph.x0 + glyph.x1) * size // (2 * width), size - 1)
+        y = min((glyph.y0 + glyph.y1) * size // (2 * height), size - 1)
         cell = y % patch * CELL_ROWS // patch * CELL_COLUMNS + x % patch * CELL_COLUMNS // patch
         where = y // patch * (size // patch) + x // patch
         rows.append((0, where, cell * NUM_GLYPHS + ord(glyph.char) - 32))

@@ -10,20 +10,27 @@ IMAGE_TOKENS = ["<image>", "<img>", "</img>", "<video>"]
 
 VOCAB_SIZE = 768
 
+TILE = 288
+"""Side of a tile in pixels. Pictures of generated documents have 256, so that their small print is
+enlarged, and the position table is interpolated to any grid of patches."""
 
-def make_config() -> dict[str, Any]:
+
+def make_config(tile: int = TILE) -> dict[str, Any]:
     """Return the embedded model's config.json.
 
-    The geometry is the full-size one in small: tiles of 256 px give 64 tokens, and the language
+    The geometry is the full-size one in small: tiles of 288 px give 81 tokens, and the language
     model has five Mamba2, five MLP and two attention layers. Vision sizes stand as override keys in
     ``vision_config.args``, where vLLM reads them too.
+
+    Args:
+        tile: Side of a tile in pixels; a multiple of 32.
     """
     first_image_token = VOCAB_SIZE - len(IMAGE_TOKENS)
     return {
         "architectures": ["NemotronH_Nano_VL_V2"],
         "model_type": "NemotronH_Nano_VL_V2",
         "torch_dtype": "bfloat16",
-        "force_image_size": 256,
+        "force_image_size": tile,
         "patch_size": 16,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
@@ -78,7 +85,7 @@ def make_config() -> dict[str, Any]:
         "vision_config": {
             "model_type": "radio",
             "patch_size": 16,
-            "preferred_resolution": [256, 256],
+            "preferred_resolution": [tile, tile],
             "args": {
                 "model": "vit_small_patch16_224",
                 "hidden_size": 256,

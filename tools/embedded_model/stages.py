@@ -46,20 +46,20 @@ GROUPS: dict[str, tuple[dict[str, float], int, int]] = {
     "single": (
         {"line": 0.2, "card": 0.36, "table": 0.12, "receipt": 0.1, "text": 0.12, "chart": 0.1},
         256,
-        256,
+        320,
     ),
-    "two_pages": ({"two_pages": 1.0}, 160, 320),
-    "page": ({"page": 1.0}, 64, 576),
-    "video": ({"video": 1.0}, 48, 832),
+    "two_pages": ({"two_pages": 1.0}, 160, 416),
+    "page": ({"page": 1.0}, 64, 768),
+    "video": ({"video": 1.0}, 48, 1120),
     "passage": ({"passage": 1.0}, 192, 320),
-    "forms": ({"card": 0.5, "table": 0.25, "receipt": 0.25}, 256, 256),
+    "forms": ({"card": 0.5, "table": 0.25, "receipt": 0.25}, 256, 320),
     "dense": (
         {"lines": 0.6, "card": 0.15, "table": 0.1, "text": 0.1, "line": 0.05},
         256,
-        256,
+        320,
     ),
-    "scrambled": ({"scrambled_card": 0.45, "scrambled_lines": 0.55}, 256, 256),
-    "lone": ({"line": 1.0}, 256, 128),
+    "scrambled": ({"scrambled_card": 0.45, "scrambled_lines": 0.55}, 256, 320),
+    "lone": ({"line": 1.0}, 256, 192),
 }
 """Kinds of each group with their shares, rows of a batch, tokens of a row; a batch is one group."""
 
@@ -86,6 +86,17 @@ SMALL_PRINT = {
     "page": 0.03,
     "two_pages": 0.03,
     "video": 0.02,
+}
+
+LARGER_TILES = {
+    "single": 0.34,
+    "scrambled": 0.18,
+    "forms": 0.16,
+    "lone": 0.12,
+    "dense": 0.04,
+    "page": 0.06,
+    "two_pages": 0.05,
+    "video": 0.05,
 }
 
 EVERYTHING: tuple[Part, ...] = ("vision", "glyph_head", "projector", "language")
@@ -170,6 +181,19 @@ def make_small_print(scale: float) -> list[Stage]:
     ]
 
 
+def make_larger_tiles(scale: float) -> list[Stage]:
+    """Return the stages that make a model of small print read the same pictures on larger tiles.
+
+    The position table is interpolated to any grid of patches, so the weights read at once; what
+    these steps teach, with tiles of 320 px, is print of sizes that smaller ones had not shown.
+    """
+    steps = partial(_scaled, scale)
+    return [
+        _glyph_head("larger_glyph_head", {"scrambled": 0.5, "dense": 0.5}, steps(100)),
+        _everything("larger_tiles", LARGER_TILES, steps(1500), start=0.3),
+    ]
+
+
 def make_stages(scale: float) -> list[Stage]:
     """Return the stages, every number of steps multiplied by ``scale``."""
     steps = partial(_scaled, scale)
@@ -232,5 +256,6 @@ PLANS: dict[str, Callable[[float], list[Stage]]] = {
     "whole": make_stages,
     "refine": make_refinement,
     "small_print": make_small_print,
+    "larger_tiles": make_larger_tiles,
 }
 """Stages of each plan, of which every later one starts from a model of the one before."""

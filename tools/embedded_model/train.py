@@ -30,7 +30,7 @@ from nvvl.tools.embedded_model.data import (
 )
 from nvvl.tools.embedded_model.muon import Muon
 from nvvl.tools.embedded_model.publish import publish
-from nvvl.tools.embedded_model.spec import make_config
+from nvvl.tools.embedded_model.spec import TILE, make_config
 from nvvl.tools.embedded_model.stages import PLANS, Stage
 from nvvl.tools.embedded_model.state import load_state, save_state
 
@@ -212,13 +212,16 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, default="whole", help="stages, see stages.py")
     parser.add_argument("--seed", type=int, default=0, help="which documents are drawn")
     parser.add_argument("--rows", type=float, default=1.0, help="multiplies the rows of a batch")
+    parser.add_argument(
+        "--tile", type=int, default=TILE, help="side of a tile while training, in pixels"
+    )
     parser.add_argument("--work", type=Path, help="resumable state (default OUT.work)")
     arguments = parser.parse_args()
 
     work = arguments.work or arguments.out.with_name(arguments.out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    config = VLMConfig.from_dict(make_config())
+    config = VLMConfig.from_dict(make_config(arguments.tile))
     processor = load_processor(work, config)
     trainee = Trainee(config)
     initialize(trainee)

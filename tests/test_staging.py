@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,8 +14,8 @@ from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.errors import DataError, OutputError
 from nvvl.quantize.journal import Journal
 from nvvl.quantize.presets import nvfp4, nvfp4_w4a16
-from nvvl.quantize.staging import locked, resumable_folder, staged_folder
 from nvvl.quantize.walk import quantize_checkpoint
+from nvvl.staging import locked, resumable_folder, staged_folder
 
 Staging = Callable[..., AbstractContextManager[Any]]
 
@@ -163,10 +162,9 @@ def test_what_another_user_left_is_one_clear_line(
         Journal(stage, {}, [])
 
 
-def test_what_is_read_is_never_replaced(
-    tiny_checkpoint: Path, quantize_tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
-    out = Path(shutil.copytree(quantize_tiny("fp8"), tmp_path / "out"))
+def test_what_is_read_is_never_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize_checkpoint(tiny_checkpoint, out, nvfp4_w4a16(), None)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(OutputError, match=r"out: holds .*out, which is read"):
         quantize_checkpoint(

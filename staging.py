@@ -35,6 +35,9 @@ from nvvl.errors import NvvlError, OutputError, SourceError, require_unread, wri
 
 MANIFEST_NAME = "manifest.json"
 
+OUTPUT = "output of nvvl"
+"""Whatever has a manifest with ``nvvl_version``: a checkpoint, graphs, engines, logits."""
+
 _LEFT_BEHIND_AFTER = 60.0
 """Seconds after which a folder that nobody holds is a killed run's, not one of this moment."""
 
@@ -89,20 +92,23 @@ def resumable_stage(out: Path) -> Stage:
 
 
 @contextmanager
-def staged_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> Iterator[Path]:
+def staged_folder(
+    out: Path, *, sources: Sequence[Path], overwrite: bool, kind: str = OUTPUT
+) -> Iterator[Path]:
     """Yield an empty folder that becomes ``out`` when the block ends without an exception.
 
     Args:
         out: The final folder; its parents are made.
         sources: Folders that must survive.
         overwrite: Whether an earlier output at ``out`` may be replaced.
+        kind: What may be replaced: `OUTPUT`, or what ``format`` is in the manifest that is written.
 
     Raises:
         OutputError: if ``out`` exists and may not be replaced, or cannot be made; a finished output
             that only did not get its name is kept, and the error says where.
     """
     out = Path(out).absolute()
-    _require_free(out, sources, overwrite=overwrite)
+    _require_free(out, sources, overwrite=overwrite, kind=kind)
     _clear_left_behind(out)
     stage = Stage(out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}"))
     with locked(stage.root):
@@ -112,7 +118,7 @@ def staged_folder(out: Path, *, sources: Sequence[Path], overwrite: bool) -> Ite
         except BaseException:
             shutil.rmtree(stage.root, ignore_errors=True)
             raise
-        _replace(out, stage, sources, overwrite=overwrite)
+        _replace(out, stage, sources, overwrite=overwrite, kind=kind)
 
 
 @contextmanager
@@ -195,7 +201,9 @@ def _clear_left_behind(out: Path) -> None:
                     shutil.rmtree(root)
 
 
-def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+def _require_free(
+    out: Path, sources: Sequence[Path], *, overwrite: bool, kind: str = OUTPUT
+) -> None:
     require_unread(out, sources)
     with writing(out):
         if not out.exists() and not out.is_symlink():
@@ -204,31 +212,35 @@ def _require_free(out: Path, sources: Sequence[Path], *, overwrite: bool) -> Non
             raise OutputError(
                 f"{out}: is a mount point, which cannot be replaced; choose a folder in it"
             )
-        if not overwrite:
-            raise OutputError(f"{out}: exists already; choose another OUT, or pass --overwrite")
         if not out.is_dir() or out.is_symlink():
             raise OutputError(f"{out}: is not a folder, so it is not replaced; choose another OUT")
-        if any(out.iterdir()) and not _is_output(out):
+        if any(out.iterdir()) and not _is_output(out, kind):
             raise OutputError(
-                f"{out}: holds files but no {MANIFEST_NAME} of an output of nvvl, so it is not "
-                "replaced; choose another OUT"
+                f"{out}: holds files but no {MANIFEST_NAME} of an {kind}, so it is not replaced; "
+                "choose another OUT"
             )
+        if not overwrite:
+            raise OutputError(f"{out}: exists already; choose another OUT, or pass --overwrite")
 
 
-def _is_output(folder: Path) -> bool:
+def _is_output(folder: Path, kind: str) -> bool:
     """Whether this is what nvvl wrote; web applications have a manifest.json too."""
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(manifest, dict) and "nvvl_version" in manifest
+    if not isinstance(manifest, dict):
+        return False
+    return "nvvl_version" in manifest if kind == OUTPUT else manifest.get("format") == kind
 
 
-def _replace(out: Path, stage: Stage, sources: Sequence[Path], *, overwrite: bool) -> None:
+def _replace(
+    out: Path, stage: Stage, sources: Sequence[Path], *, overwrite: bool, kind: str = OUTPUT
+) -> None:
     kept = f"the finished output is kept as {stage.output}"
     try:
-        _require_free(out, sources, overwrite=overwrite)
+        _require_free(out, sources, overwrite=overwrite, kind=kind)
     except OutputError as error:  # made by somebody else meanwhile
         raise OutputError(f"{error}; {kept}") from None
     try:

@@ -4,7 +4,7 @@ import platform
 import re
 from pathlib import Path
 
-_AMX_SPEEDUP = 8
+_AMX_SPEEDUP = 6
 _AMD_SPEEDUP = 2
 
 
@@ -24,12 +24,12 @@ def cpu_name() -> str:
 
 
 def bf16_speedup() -> int:
-    """Return how many times faster than float32 this CPU multiplies bfloat16 matrices: 1, 2 or 8.
+    """Return how many times faster than float32 this CPU multiplies bfloat16 matrices: 1, 2 or 6.
 
     Having instructions for it is not enough. Measured with torch 2.13: AMD's AVX-512 (Zen 4, Zen 5)
     twice as fast, Intel's (Sapphire Rapids, Emerald Rapids) half as fast, AVX-512 and AVX2 without
-    them a fifth and a quarter. Intel's matrix units (AMX) are meant for it; their 8 is from
-    the manual. A virtual machine can hide them from its guest.
+    them a fifth and a quarter; Intel's matrix units (AMX) six times. A virtual machine can hide
+    those from its guest.
     """
     words = set(describe_cpu().split())
     if "amx_bf16" in words:

@@ -17,7 +17,7 @@ EMERALD_RAPIDS = "vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f avx512_
     [
         ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2", 1),
         (ZEN4, 2),
-        (EMERALD_RAPIDS, 8),
+        (EMERALD_RAPIDS, 6),
         (EMERALD_RAPIDS.replace(" amx_bf16", ""), 1),  # a virtual machine that hides them
         ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f", 1),
         ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f xavx512_bf16", 1),

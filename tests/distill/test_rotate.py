@@ -125,7 +125,7 @@ def test_rotated_embedded_model_loses_less_to_nvfp4(tmp_path: Path) -> None:
         out = tmp_path / name
         quantize_checkpoint(folder, out, PRESETS["nvfp4"](), calibration)
         errors.append(_logits_error(load_model(source), load_any(out)))
-    # 0.82 with these 64 items, 0.77 with twice as many; 100 steps in place of 400 gave 0.93
+    # 0.79 with these 64 items; with the model before 0.82 to 0.90, by the arithmetic of the CPU
     assert errors[1] < 0.88 * errors[0]
 
 

@@ -154,7 +154,7 @@ def test_unexpected_tensor_is_refused_before_anything_is_written(
 def test_existing_folder_is_kept(source: Path, tmp_path: Path) -> None:
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "mine").touch()
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="so it is not replaced"):
         export_onnx(source, tmp_path / "graphs", SMALL)
     assert [path.name for path in (tmp_path / "graphs").iterdir()] == ["mine"]
 

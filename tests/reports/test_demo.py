@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from nvvl import cpu
 from nvvl.calib_data.manifest import load_calibration_set
 from nvvl.cli import app
 from nvvl.errors import OutputError
-from nvvl.model import products
 from nvvl.quantize.presets import load_recipe
 from nvvl.quantize.walk import quantize_checkpoint
 from nvvl.reports import demo, demo_export
@@ -112,9 +112,9 @@ def test_short_demo_leaves_out_what_takes_long(source: Path, tmp_path: Path) -> 
     assert packed == alone
 
 
-@pytest.mark.parametrize("has_units", [True, False])
-def test_demo_is_short_where_the_cpu_has_no_bfloat16_units(
-    has_units: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("speedup", "is_short"), [(1, True), (2, False), (6, True)])
+def test_demo_is_short_where_the_whole_takes_more_than_ten_minutes(
+    speedup: int, is_short: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[bool] = []
 
@@ -122,11 +122,11 @@ def test_demo_is_short_where_the_cpu_has_no_bfloat16_units(
         asked.append(short)
         raise OutputError("enough")
 
-    monkeypatch.setattr(products, "has_fast_bf16", lambda: has_units)
+    monkeypatch.setattr(cpu, "bf16_speedup", lambda: speedup)
     monkeypatch.setattr(demo, "run_demo", stop)
     for options in ((), ("--long",), ("--short",)):
         CliRunner().invoke(app, ["demo", "-o", str(tmp_path), *options])
-    assert asked == [not has_units, False, True]
+    assert asked == [is_short, False, True]
 
 
 def test_demo_says_what_it_could_not_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.block import BlockStudent
 from nvvl.distill.data import DistillData, pack_lengths
 from nvvl.distill.embed import embed_items
+from nvvl.distill.execution import Execution
 from nvvl.distill.losses import relative_error
 from nvvl.distill.optimize import INPUT_AMAX
-from nvvl.distill.recipe import DistillRecipe
+from nvvl.distill.recipe import DistillRecipe, warn_about_rate
 from nvvl.distill.teacher import check_run, run_identity
-from nvvl.distill.train import Execution, warn_about_rate
 from nvvl.distill.train_folder import LOG_NAME, LazyTensors, TrainFolder, hold_train_folder
 from nvvl.distill.write import bf16_folder, staged_outputs, write_bf16, write_quantized
 from nvvl.errors import RecipeError, TrainingError, writing

@@ -79,7 +79,7 @@ def distill(
     from nvvl.calib_data.manifest import load_calibration_set
     from nvvl.console import show_progress
     from nvvl.distill.blockwise import distill_blockwise
-    from nvvl.distill.train import Execution
+    from nvvl.distill.execution import Execution
     from nvvl.distill.train import distill as distill_run
     from nvvl.model.load import resolve_model
     from nvvl.model.processes import Processes

@@ -23,7 +23,7 @@ writes. The bytes are those of one process.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nvvl.calib_data.items import Item
-from nvvl.errors import DataError, OutputError, RecipeError, ReportedError
+from nvvl.errors import OutputError, ReportedError
 from nvvl.model.checkpoint import Checkpoint
-from nvvl.model.load import check_tensors, expected_tensors
 from nvvl.model.processes import Processes
 from nvvl.model.processor import Processor
 from nvvl.progress import Progress, Ticker
@@ -45,7 +44,6 @@ from nvvl.quantize.block_names import list_blocks
 from nvvl.quantize.block_runner import BlockRunner, count_runs
 from nvvl.quantize.blocks import BlockReader, LoadedBlock
 from nvvl.quantize.freed import return_freed_memory
-from nvvl.quantize.identity import describe_arithmetic, describe_run
 from nvvl.quantize.journal import BlockRecord, read_journal
 from nvvl.quantize.limits import UNLIMITED, Limits
 from nvvl.quantize.manifest import Manifest
@@ -55,7 +53,8 @@ from nvvl.quantize.recipe import CALIBRATED_FORMATS, Format, Recipe
 from nvvl.quantize.sharing import join_shares, largest_amaxes, take_share
 from nvvl.quantize.spill import Spill, SpillFolder, open_spill
 from nvvl.quantize.stored import StoredCalibration
-from nvvl.quantize.targets import assign_formats, list_linears, quantized_only
+from nvvl.quantize.targets import quantized_only
+from nvvl.quantize.task import read_task
 from nvvl.staging import resumable_stage
 
 if TYPE_CHECKING:
@@ -125,14 +124,14 @@ def quantize_checkpoint(
         with group.agreed():
             if device.type == "cpu":
                 kernels.active()  # refuses here what NVVL_KERNELS cannot have, not blocks later
-            task = _read_task(source, recipe, items, from_calibration, group)
+            task = read_task(source, recipe, items, from_calibration, group)
             share = take_share(task.items, group)
             output = None
             if group.is_main:
                 output = stack.enter_context(
                     Output(
                         *(task.checkpoint, out, task.recipe, task.formats),
-                        *(_identify(task, device), task.items),
+                        *(task.identify(device), task.items),
                         device=device,
                         overwrite=overwrite,
                         stored=task.stored,
@@ -403,75 +402,6 @@ class _Found:
     amaxes: Mapping[str, Amax]
     drawn: Sequence[tuple[str, str]] = ()
     spill: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """What all processes do together, once source, recipe and items are known to fit each other.
-
-    Attributes:
-        checkpoint: The source.
-        formats: Format of each quantizable linear.
-        recipe: The recipe in force.
-        stored: The calibration that is packed from, if it is not found out anew.
-        items: The calibration items; empty if no input is calibrated.
-    """
-
-    checkpoint: Checkpoint
-    formats: Mapping[str, Format]
-    recipe: Recipe
-    stored: StoredCalibration | None
-    items: Sequence[Item]
-
-
-def _read_task(
-    source: Path,
-    recipe: Recipe,
-    items: "CalibrationSet | None",
-    from_calibration: Path | None,
-    processes: Processes,
-) -> _Task:
-    """Open the source, and refuse what does not fit it; all else as in `quantize_checkpoint`."""
-    checkpoint = Checkpoint(source)
-    check_tensors(checkpoint, expected_tensors(checkpoint.config))
-    formats = assign_formats(recipe, list_linears(checkpoint.config))
-    stored = None
-    if from_calibration is not None:
-        stored = StoredCalibration.read(from_calibration)
-        stored.require_covers(recipe, formats)
-        recipe = replace(recipe, num_calibration_items=stored.recipe.num_calibration_items)
-    used_items = () if stored else _select_items(recipe, formats, items)
-    if recipe.image_weight is not None and processes.count > 1:
-        raise RecipeError(
-            f"recipe {recipe.name}: image_weight sums errors over all items, which one "
-            f"process does alone; got {processes.count}: start one, or leave image_weight out"
-        )
-    return _Task(
-        checkpoint=checkpoint, formats=formats, recipe=recipe, stored=stored, items=used_items
-    )
-
-
-def _identify(task: _Task, device: torch.device) -> dict[str, str]:
-    """Say what the bytes of the output depend on, but for the calibration items."""
-    calibration = task.stored.sha256 if task.stored else ""
-    identity = describe_run(
-        task.checkpoint, task.recipe, device=device.type, calibration=calibration
-    )
-    return identity | describe_arithmetic(device) if task.items else identity
-
-
-def _select_items(
-    recipe: Recipe, formats: Mapping[str, Format], items: "CalibrationSet | None"
-) -> Sequence[Item]:
-    """Return the items to calibrate with; none if only weights are quantized."""
-    if not set(CALIBRATED_FORMATS) & set(formats.values()):
-        return ()
-    if items is None or not items.items:
-        raise DataError(
-            f"recipe {recipe.name} quantizes inputs too, and there are no calibration items; "
-            "give a calibration set with at least one"
-        )
-    return items.items
 
 
 def _nothing() -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import get_args
 
 from nvvl.calib_data.manifest import CalibrationSet, load_calibration_set
+from nvvl.distill.execution import Execution
 from nvvl.distill.presets import load_distill_recipe
 from nvvl.distill.rotate import rotate
-from nvvl.distill.train import Execution, distill
+from nvvl.distill.train import distill
 from nvvl.errors import OutputError, writing
 from nvvl.export.verify import VerificationReport, verify
 from nvvl.progress import Progress

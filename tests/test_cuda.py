@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill.blockwise import distill_blockwise
+from nvvl.distill.execution import Execution
 from nvvl.distill.precompute import precompute_logits
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.rotate import rotate
-from nvvl.distill.train import Execution, distill
+from nvvl.distill.train import distill
 from nvvl.errors import HardwareError
 from nvvl.export.verify import verify
 from nvvl.model.generate import generate

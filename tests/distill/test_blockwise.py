@@ -13,10 +13,11 @@ from nvvl.distill import backbone, block
 from nvvl.distill.block import BlockStudent
 from nvvl.distill.blockwise import BlockwiseResult, LayerResult, _KeptLayers, distill_blockwise
 from nvvl.distill.embed import embed_items
+from nvvl.distill.execution import Execution
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import Standing, StateFolder
 from nvvl.distill.survey import STAGE
-from nvvl.distill.train import Execution, distill
+from nvvl.distill.train import distill
 from nvvl.distill.train_folder import hold_train_folder
 from nvvl.errors import CheckpointError, OutputError, RecipeError
 from nvvl.export.verify import verify

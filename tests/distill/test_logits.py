@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from nvvl.calib_data.manifest import CalibrationSet
+from nvvl.distill.execution import Execution
 from nvvl.distill.logits import LogitsWriter, StoredLogits, logits_identity
 from nvvl.distill.precompute import precompute_logits
 from nvvl.distill.recipe import DistillRecipe
-from nvvl.distill.train import Execution, distill
+from nvvl.distill.train import distill
 from nvvl.errors import CheckpointError, DataError, OutputError, RecipeError
 from nvvl.model.load import load_model
 from nvvl.model.processor import Processor

@@ -16,10 +16,11 @@ from nvvl.calib_data.items import Item
 from nvvl.calib_data.manifest import CalibrationSet, LazyItems, load_calibration_set
 from nvvl.calib_data.sources import failing_source
 from nvvl.distill.data import DistillData
+from nvvl.distill.execution import Execution
 from nvvl.distill.precompute import precompute_logits
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.survey import STAGE, survey_set
-from nvvl.distill.train import Execution, distill
+from nvvl.distill.train import distill
 from nvvl.errors import DataError, OutputError, ReportedError
 from nvvl.model.processes import Processes
 from nvvl.model.prompt import Message

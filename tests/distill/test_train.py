@@ -16,13 +16,15 @@ from nvvl.calib_data.manifest import CalibrationSet
 from nvvl.distill import prepare
 from nvvl.distill import state as state_module
 from nvvl.distill.data import DistillData
+from nvvl.distill.execution import Execution
 from nvvl.distill.losses import chunked_loss
 from nvvl.distill.optimize import Optimizer
 from nvvl.distill.recipe import DistillRecipe
 from nvvl.distill.state import StateFolder
 from nvvl.distill.student import Student
 from nvvl.distill.survey import STAGE
-from nvvl.distill.train import DistillResult, Execution, Trainer, distill
+from nvvl.distill.train import DistillResult, distill
+from nvvl.distill.trainer import Trainer
 from nvvl.errors import (
     CheckpointError,
     HardwareError,

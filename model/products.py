@@ -8,6 +8,7 @@ each weight once and gain nothing, torch's own is called.
 """
 
 import platform
+import threading
 from functools import cache
 
 import torch
@@ -20,9 +21,11 @@ MIN_ROWS = 8
 """Rows from which widening the weight costs less than it gains."""
 
 _CHUNK_ELEMENTS = 4 * 2**20
-"""Elements of a weight that are widened at once: 16 MB of float32, which the allocator keeps for
-the next ones; from 32 MB on it fetches fresh pages each time, at up to a fifth of a product's time.
-"""
+"""Elements of a weight that are widened at once: 16 MB of float32, which stay in the cache."""
+
+_kept = (
+    threading.local()
+)  # memory for them: fresh pages each time cost up to a fifth of the product
 
 
 @cache
@@ -60,11 +63,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x_wide = x.to(wide)
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     biases = [None] * -(-weight.shape[0] // rows) if bias is None else bias.to(wide).split(rows)
-    parts = [
-        F.linear(x_wide, part.to(wide), part_bias).to(x.dtype)
-        for part, part_bias in zip(weight.split(rows), biases, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    parts = zip(weight.split(rows), biases, strict=True)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return torch.cat([F.linear(x_wide, w.to(wide), b).to(x.dtype) for w, b in parts], dim=-1)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for (part, part_bias), target in zip(parts, out.split(rows, dim=-1), strict=True):
+        target.copy_(F.linear(x_wide, _widen(part), part_bias))
+    return out
+
+
+def _widen(weight: Tensor) -> Tensor:
+    """Return a weight in float32, in memory that the thread's next call overwrites."""
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < weight.numel():
+        with torch.inference_mode(False):
+            room = torch.empty(max(weight.numel(), _CHUNK_ELEMENTS))
+        _kept.room = room
+    return room[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 class Linear(nn.Linear):

@@ -1,10 +1,10 @@
-"""The Mamba2 scan in C, for CPUs with bfloat16 dot products; compiled at first use.
+"""The Mamba2 scan in C, for CPUs with vector units; compiled at first use.
 
-`pick_scan` gives it where it can run: bfloat16 on the CPU, no gradients wanted, a compiler, a
-processor with AVX512-BF16, and not ``NVVL_KERNELS=plain``. Elsewhere `nvvl.model.mamba2` computes
-in torch, or on a GPU by `nvvl.model.mamba_kernels`, to the same values up to the order of sums and
-the rounding of what lies between products. The result depends on nothing but the arguments: not on
-the number of threads, the other sequences of a batch, or where in a packed row a sequence stands.
+`pick_scan` gives it where it can run: bfloat16 on the CPU, no gradients wanted, a compiler, and a
+processor with AVX2. Elsewhere `nvvl.model.mamba2` computes in torch, or on a GPU by
+`nvvl.model.mamba_kernels`, to the same values up to the order of sums and the rounding of what lies
+between products. The result depends on nothing but the arguments: not on the number of threads, the
+other sequences of a batch, or where in a packed row a sequence stands.
 """
 
 import ctypes
@@ -12,12 +12,17 @@ import functools
 import os
 import warnings
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nvvl.compiler import load_library
 from nvvl.errors import HardwareError
+from nvvl.model.products import has_fast_bf16
+
+Variant = Literal["bf16", "avx512", "avx2"]
+"""Products of bfloat16 with AVX-512, or of float32."""
 
 _SOURCE = Path(__file__).with_name("scan.c")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -46,32 +51,48 @@ def pick_scan(
 
 
 def allowed_scan() -> "CompiledScan | None":
-    """Return the compiled scan, or None where processor or environment leave torch's alone."""
-    return None if os.environ.get("NVVL_KERNELS") == "plain" else load_scan()
+    """Return the compiled scan that is fastest here, or None where torch's own is to run.
+
+    ``NVVL_KERNELS=avx2`` leaves out later processors' units, ``portable`` and ``plain`` all of it.
+    """
+    wanted = os.environ.get("NVVL_KERNELS", "auto")
+    if wanted in {"portable", "plain"}:
+        return None
+    scans = load_scans()
+    names: list[Variant] = ["avx2"] if wanted == "avx2" else ["avx512", "avx2"]
+    if wanted != "avx2" and has_fast_bf16():
+        names.insert(0, "bf16")
+    return next((scans[name] for name in names if name in scans), None)
 
 
 @functools.cache
-def load_scan() -> "CompiledScan | None":
-    """Load the compiled scan, or return None where this processor has none.
+def load_scans() -> "dict[Variant, CompiledScan]":
+    """Load the variants of the compiled scan that this processor runs.
 
-    Where it cannot be compiled, a warning says so once.
+    Where they cannot be compiled there are none, and a warning says so once.
     """
     try:
         library = load_library(_SOURCE)
     except HardwareError as error:
         warnings.warn(f"the Mamba2 scan runs on plain torch: {error}", stacklevel=2)
-        return None
-    return CompiledScan(library) if hasattr(library, "nvvl_scan") else None
+        return {}
+    variants: tuple[Variant, ...] = get_args(Variant)
+    return {
+        name: CompiledScan(library, name)
+        for name in variants
+        if hasattr(library, f"nvvl_scan_{name}")
+    }
 
 
 class CompiledScan:
-    """The C code, on torch's threads."""
+    """One variant of the C code, on torch's threads."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        """Wrap a loaded library that has ``nvvl_scan``."""
-        self._scan = library.nvvl_scan
+    def __init__(self, library: ctypes.CDLL, variant: Variant) -> None:
+        """Wrap a loaded library that has the functions of ``variant``."""
+        self.variant = variant
+        self._scan = getattr(library, f"nvvl_scan_{variant}")
         self._scan.argtypes, self._scan.restype = ((_POINTER,) * 11 + (_INT,) * 8), None
-        self._scratch_size = library.nvvl_scan_scratch
+        self._scratch_size = getattr(library, f"nvvl_scan_scratch_{variant}")
         self._scratch_size.argtypes, self._scratch_size.restype = (_INT,) * 4, _INT
 
     def __call__(

@@ -81,11 +81,12 @@ def describe_arithmetic(device: torch.device) -> dict[str, str]:
         return {"GPU": torch.cuda.get_device_name(device)} | kernels
     # tells processors apart that virtual machines give one name
     digest = hashlib.sha256(cpu.describe_cpu().encode()).hexdigest()[:8]
+    scan = allowed_scan()
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
         "processor model": f"{cpu.cpu_name()} ({digest})",
         "products": "bfloat16" if has_fast_bf16() else "float32",
-        "Mamba2 scan": "torch" if allowed_scan() is None else "compiled",
+        "Mamba2 scan": "torch" if scan is None else f"compiled, {scan.variant}",
     }
 
 

@@ -1,8 +1,10 @@
 """The compiled Mamba2 scan against the recurrence in float64, and when it is used."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,23 +14,32 @@ from nvvl.compiler import load_library
 from nvvl.model import products
 from nvvl.model import scan as scan_module
 from nvvl.model.mamba2 import scan_chunks, ssm_scan
-from nvvl.model.scan import CHUNK, CompiledScan, _heads_at_once, load_scan, pick_scan
+from nvvl.model.scan import (
+    CHUNK,
+    CompiledScan,
+    Variant,
+    _heads_at_once,
+    allowed_scan,
+    load_scans,
+    pick_scan,
+)
 
-Y_TOLERANCE = 2.0**-9
-"""Relative, in the norm: scores, values and states enter products as bfloat16, rounded by 2^-9."""
-STATE_TOLERANCE = 1e-5
-"""Likewise: what enters products with the state keeps 16 bits, rounded by 2^-17 = 7.6e-6."""
+# Relative, in the norm. In float32 sums of up to 176 terms are rounded by 2^-24 each, and decays by
+# a few of these. With "bf16" scores, values and states enter products rounded by 2^-9, and what
+# enters products with the state by 2^-17 = 7.6e-6.
+Y_TOLERANCES: dict[Variant, float] = {"bf16": 2.0**-9, "avx512": 2e-6, "avx2": 2e-6}
+STATE_TOLERANCES: dict[Variant, float] = {"bf16": 1e-5, "avx512": 2e-6, "avx2": 2e-6}
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.fixture
-def scan(compiler: str) -> CompiledScan:
-    if not hasattr(load_library(scan_module._SOURCE), "nvvl_scan"):  # it compiles, or this fails
-        pytest.skip("this processor has no AVX512-BF16")
-    found = load_scan()
-    assert found is not None
-    return found
+@pytest.fixture(params=get_args(Variant))
+def scan(request: pytest.FixtureRequest, compiler: str) -> CompiledScan:
+    load_library(scan_module._SOURCE)  # it compiles, or this fails
+    scans = load_scans()
+    if request.param not in scans:
+        pytest.skip(f"this processor has no {request.param} units")
+    return scans[request.param]
 
 
 @pytest.fixture
@@ -102,8 +113,8 @@ def test_it_equals_the_recurrence(
     before = arguments[6].clone()
     y, state = scan(*arguments, keep=None)
     expected_y, expected_state = recurrence(arguments)
-    assert error(y, expected_y) <= Y_TOLERANCE
-    assert error(state, expected_state) <= STATE_TOLERANCE
+    assert error(y, expected_y) <= Y_TOLERANCES[scan.variant]
+    assert error(state, expected_state) <= STATE_TOLERANCES[scan.variant]
     assert torch.equal(arguments[6], before)
 
 
@@ -112,7 +123,7 @@ def test_it_is_no_less_accurate_than_torch(
 ) -> None:
     # in bfloat16 as well; where that is slow, torch's goes through float32
     monkeypatch.setattr(products, "has_fast_bf16", lambda: True)
-    arguments = make_arguments(500, heads=8, head_dim=64, state_size=128)
+    arguments = make_arguments(200, heads=8, head_dim=64, state_size=128)
     expected, _ = recurrence(arguments)
     y, _ = scan(*arguments, keep=None)
     by_torch, _ = scan_chunks(*arguments, chunk_size=CHUNK)
@@ -160,8 +171,8 @@ def test_decays_beyond_the_float_range_stay_finite(scan: CompiledScan) -> None:
     arguments = (x, dt * 0 + 5, a * 0 - 10, b, c, d, state)
     y, after = scan(*arguments, keep=None)
     expected_y, expected_state = recurrence(arguments)
-    assert error(y, expected_y) <= Y_TOLERANCE
-    assert error(after, expected_state) <= STATE_TOLERANCE
+    assert error(y, expected_y) <= Y_TOLERANCES[scan.variant]
+    assert error(after, expected_state) <= STATE_TOLERANCES[scan.variant]
 
 
 @pytest.mark.parametrize("position", range(5))
@@ -174,10 +185,18 @@ def test_a_nan_reaches_the_output(scan: CompiledScan, position: int) -> None:
     assert y[0, 0].isnan().any()
 
 
+@pytest.fixture
+def chosen(compiler: str) -> CompiledScan:
+    found = allowed_scan()
+    if found is None:
+        pytest.skip("this processor has no AVX2")
+    return found
+
+
 def test_the_mixer_uses_it_for_bfloat16_without_gradients(
-    scan: CompiledScan, monkeypatch: pytest.MonkeyPatch
+    chosen: CompiledScan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = make_arguments(30)
+    scan, arguments = chosen, make_arguments(30)
     x, *others = arguments
     expected = scan(*arguments, keep=None)
     assert_same(ssm_scan(*arguments, chunk_size=128), expected)
@@ -202,6 +221,46 @@ def test_the_mixer_uses_it_for_bfloat16_without_gradients(
     assert pick_scan(x, *others) is None
 
 
+@pytest.mark.parametrize(
+    ("wanted", "fast_bf16", "names"),
+    [
+        ("auto", True, ["bf16", "avx512", "avx2"]),
+        ("auto", False, ["avx512", "avx2"]),  # also where there are units for bfloat16
+        ("avx512", False, ["avx512", "avx2"]),
+        ("avx2", True, ["avx2"]),
+        ("portable", True, []),
+        ("plain", True, []),
+    ],
+)
+def test_the_fastest_that_is_allowed_is_chosen(
+    wanted: str, fast_bf16: bool, names: list[Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans = load_scans()
+    monkeypatch.setenv("NVVL_KERNELS", wanted)
+    monkeypatch.setattr(scan_module, "has_fast_bf16", lambda: fast_bf16)
+    found = allowed_scan()
+    assert (found and found.variant) == next((name for name in names if name in scans), None)
+
+
+@pytest.mark.usefixtures("threads")
+def test_slow_small_numbers_do_not_slow_it(chosen: CompiledScan) -> None:
+    # decays of long ago lie below the normal floats, which multiply many times slower
+    x, dt, a, b, c, d, state = make_arguments(8 * CHUNK, heads=8, head_dim=64, state_size=128)
+    usual = (x, dt * 0, a, b, c, d, state)
+    tiny = (x, dt * 0 + 2, a * 0 - 1, b, c, d, state)
+    torch.set_num_threads(1)
+
+    def seconds(arguments: Arguments) -> float:
+        times = []
+        for _ in range(5):
+            began = time.thread_time()
+            chosen(*arguments, keep=None)
+            times.append(time.thread_time() - began)
+        return min(times)
+
+    assert seconds(tiny) < 2 * seconds(usual)
+
+
 def test_gradients_still_flow(scan: CompiledScan) -> None:
     x, *rest = make_arguments(30)
     x = x.detach().clone().requires_grad_()
@@ -216,7 +275,7 @@ def test_without_a_compiler_it_warns_once_and_torch_scans(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
     arguments = make_arguments(CHUNK)
-    load_scan.cache_clear()
+    load_scans.cache_clear()
     try:
         with pytest.warns(UserWarning, match="plain torch: no C compiler: no-such-compiler"):
             found = ssm_scan(*arguments, chunk_size=CHUNK)
@@ -225,7 +284,7 @@ def test_without_a_compiler_it_warns_once_and_torch_scans(
             warnings.simplefilter("error")
             ssm_scan(*arguments, chunk_size=CHUNK)
     finally:
-        load_scan.cache_clear()
+        load_scans.cache_clear()
 
 
 @pytest.mark.parametrize(

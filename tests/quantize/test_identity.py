@@ -4,6 +4,7 @@ import errno
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ from nvvl.quantize.presets import nvfp4
 
 def test_arithmetic_is_told_by_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    monkeypatch.setattr(scan_module, "load_scan", object)
+    monkeypatch.setattr(
+        scan_module, "load_scans", lambda: {"avx2": SimpleNamespace(variant="avx2")}
+    )
     monkeypatch.setattr(identity_module, "has_fast_bf16", lambda: False)
     monkeypatch.setattr(cpu, "describe_cpu", lambda: "model name\t: Some CPU")
     assert describe_arithmetic(device) == {
         "processor": torch.backends.cpu.get_cpu_capability(),
         "processor model": "Some CPU (beff5bd4)",
         "products": "float32",
-        "Mamba2 scan": "compiled",
+        "Mamba2 scan": "compiled, avx2",
     }
     monkeypatch.setenv("NVVL_KERNELS", "plain")
     assert describe_arithmetic(device)["Mamba2 scan"] == "torch"

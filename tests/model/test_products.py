@@ -1,5 +1,8 @@
 """Products of bfloat16: as exact as torch's own, whichever way the CPU takes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +50,28 @@ def test_a_weight_of_several_chunks_gives_what_one_chunk_gives(
     monkeypatch.setattr(products, "_CHUNK_ELEMENTS", 32 * 7)  # 7 rows a chunk, the last has 1
     # chunks are products of other shapes, whose sums may run in another order: one bfloat16 step
     torch.testing.assert_close(linear(x, weight, bias), whole, rtol=2**-7, atol=1e-5)
+
+
+def test_widened_weights_are_each_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: False)
+    x = torch.randn(64, 256).bfloat16()
+    weights = [torch.randn(512, 256).bfloat16() for _ in range(8)]
+    alone = [linear(x, weight) for weight in weights]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda weight: linear(x, weight), weights * 8))
+    assert all(torch.equal(a, b) for a, b in zip(alone * 8, together, strict=True))
+
+
+def test_memory_taken_in_inference_mode_serves_outside_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(products, "_kept", threading.local())
+    x, weight = torch.randn(16, 32).bfloat16(), torch.randn(24, 32).bfloat16()
+    with torch.inference_mode():
+        inside = linear(x, weight)
+    assert torch.equal(linear(x, weight), inside)
+    assert torch.equal(linear(x, weight.requires_grad_()).detach(), inside)
 
 
 @pytest.mark.parametrize("num_rows", [2, 64])

@@ -21,8 +21,8 @@ MIN_ROWS = 8
 """Rows from which widening the weight costs less than it gains."""
 
 _CHUNK_ELEMENTS = 16 * 2**20
-"""Elements of a weight that are widened at once: 64 MB of float32. With 16 MB the product of a 12B's
-``down_proj`` has a sixth less speed, because BLAS arranges ``x`` anew for every piece.
+"""Elements of a weight that are widened at once: 64 MB of float32. With 16 MB a 12B's ``down_proj``
+has a sixth less speed, because BLAS arranges ``x`` anew for every piece.
 """
 
 # Memory for them. Fresh pages each time would cost up to a fifth of the product.

@@ -1,5 +1,7 @@
 """The compiled Mamba2 scan against the recurrence in float64, and when it is used."""
 
+import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from nvvl.model.scan import (
     pick_scan,
 )
 
+BF16_UNITS = Path(__file__).with_name("bf16_units.h")
+
 # Relative, in the norm. In float32 sums of up to 176 terms are rounded by 2^-24 each, and decays by
 # a few of these. With "bf16" scores, values and states enter products rounded by 2^-9, and what
 # enters products with the state by 2^-17 = 7.6e-6.
@@ -33,12 +37,26 @@ STATE_TOLERANCES: dict[Variant, float] = {"bf16": 1e-5, "avx512": 2e-6, "avx2": 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, CompiledScan]:
+    """Give all variants, "bf16" with stand-ins for instructions that the processor lacks."""
+    found = dict(load_scans())
+    command = shlex.split(os.environ.get("CC", "cc"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", shlex.join([*command, "-include", str(BF16_UNITS)]))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        library = load_library(scan_module._SOURCE)  # it compiles, or this fails
+    if hasattr(library, "nvvl_scan_bf16"):
+        found.setdefault("bf16", CompiledScan(library, "bf16"))
+    return found
+
+
 @pytest.fixture(params=get_args(Variant))
-def scan(request: pytest.FixtureRequest, compiler: str) -> CompiledScan:
-    load_library(scan_module._SOURCE)  # it compiles, or this fails
-    scans = load_scans()
+def scan(
+    request: pytest.FixtureRequest, compiler: str, scans: dict[Variant, CompiledScan]
+) -> CompiledScan:
     if request.param not in scans:
-        pytest.skip(f"this processor has no {request.param} units")
+        pytest.skip(f"this processor has no AVX-512 or AVX2, which {request.param} needs")
     return scans[request.param]
 
 

@@ -45,13 +45,11 @@ from nvvl.model.processes import Processes
 from nvvl.model.safetensors_io import read_header, read_tensor
 from nvvl.model.vlm import LanguageModel
 from nvvl.progress import Progress
-from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
 from nvvl.quantize.identity import describe_arithmetic
-from nvvl.quantize.load import read_recipe_formats
+from nvvl.quantize.load import read_quantization
 from nvvl.quantize.manifest import Manifest
 from nvvl.quantize.recipe import Format
-from nvvl.quantize.side_files import RECIPE_NAME
-from nvvl.quantize.targets import LAYERS, list_linears, quantized_only
+from nvvl.quantize.targets import LAYERS, list_linears
 
 
 @dataclass(frozen=True)
@@ -167,10 +165,9 @@ class _Walk:
         device: torch.device,
     ) -> None:
         self._checkpoint = Checkpoint(teacher)
-        self._formats = quantized_only(
-            read_recipe_formats(run / RECIPE_NAME, list_linears(self._checkpoint.config))
+        self._formats, self._run_amaxes = read_quantization(
+            run, list_linears(self._checkpoint.config)
         )
-        self._run_amaxes = read_amaxes(run / CALIBRATION_NAME, self._formats)
         self.amaxes = {
             f"{INPUT_AMAX}{fqn}": amax.input
             for fqn, amax in self._run_amaxes.items()

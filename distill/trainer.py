@@ -31,10 +31,8 @@ from nvvl.distill.tensorboard import open_tensorboard
 from nvvl.errors import TrainingError
 from nvvl.model.load import load_model
 from nvvl.model.processes import Processes
-from nvvl.quantize.amaxes import CALIBRATION_NAME, read_amaxes
-from nvvl.quantize.load import read_recipe_formats
-from nvvl.quantize.side_files import RECIPE_NAME
-from nvvl.quantize.targets import list_linears, quantized_only
+from nvvl.quantize.load import read_quantization
+from nvvl.quantize.targets import list_linears
 
 _T = TypeVar("_T")
 
@@ -58,9 +56,7 @@ class Trainer:
     ) -> None:
         with processes.agreed():
             model = load_model(teacher, device=processes.device)
-            linears = list_linears(model.config)
-            formats = quantized_only(read_recipe_formats(run / RECIPE_NAME, linears))
-            amaxes = read_amaxes(run / CALIBRATION_NAME, formats)
+            formats, amaxes = read_quantization(run, list_linears(model.config))
             require_trainable(recipe, amaxes)
         self.student = Student(
             model,

@@ -24,6 +24,17 @@ typedef struct {
     float *state, *y;                    /* (H, P, N), read and written; (T, H, P) */
 } sequence_t;
 
+/* A product's COLUMNS(number of vectors) for all of its columns, with at most five at once. */
+#define UP_TO_FIVE(COLUMNS)                                                                       \
+    for (; columns - column > 5 * LANES; column += 4 * LANES) COLUMNS(4);                         \
+    switch ((columns - column) / LANES) {                                                         \
+    case 5: COLUMNS(5); break;                                                                    \
+    case 4: COLUMNS(4); break;                                                                    \
+    case 3: COLUMNS(3); break;                                                                    \
+    case 2: COLUMNS(2); break;                                                                    \
+    default: COLUMNS(1); break;                                                                   \
+    }
+
 /* ---- with intrinsics --------------------------------------------------------------------- */
 
 #if defined(__AVX2__) && defined(__FMA__)

@@ -27,9 +27,9 @@ INLINE __m512i words_of(__m256i first, __m256i second) {
 
 /* ROWS rows of out = alpha out + beta A B, `vectors` times 16 columns. beta has one value a row,
  * or is NULL for ones; alpha = 0 does not read out. */
-INLINE void product_rows_bf16(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride,
-                         int64_t words, float *out, int64_t out_stride, float alpha,
-                         const float *beta, int vectors) {
+INLINE void product_rows_bf16(const uint32_t *a, int64_t a_stride, const uint32_t *b,
+                              int64_t b_stride, int64_t words, float *out, int64_t out_stride,
+                              float alpha, const float *beta, int vectors) {
     __m512 sums[ROWS][5];
     for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < vectors; v++) sums[m][v] = _mm512_setzero_ps();
@@ -58,24 +58,17 @@ INLINE void product_rows_bf16(const uint32_t *a, int64_t a_stride, const uint32_
 /* out (M x columns) = alpha out + beta A B, M a multiple of ROWS, columns one of 16. Where A is
  * `causal` (lower triangular), row m needs words up to its own alone. */
 static void product_bf16(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t columns,
-                    int64_t rows, int64_t words, int causal, float *out, float alpha,
-                    const float *beta) {
+                         int64_t rows, int64_t words, int causal, float *out, float alpha,
+                         const float *beta) {
     for (int64_t m = 0; m < rows; m += ROWS) {
         int64_t needed = causal ? (m + ROWS) / 2 : words;
         const uint32_t *left = a + m * a_stride;
         const float *scale = beta ? beta + m : 0;
         int64_t column = 0;
-#define COLUMNS(VECTORS)                                                                        \
-    product_rows_bf16(left, a_stride, b + column, columns, needed, out + m * columns + column, columns, \
-                 alpha, scale, VECTORS)
-        for (; columns - column > 5 * LANES; column += 4 * LANES) COLUMNS(4);
-        switch ((columns - column) / LANES) {
-        case 5: COLUMNS(5); break;
-        case 4: COLUMNS(4); break;
-        case 3: COLUMNS(3); break;
-        case 2: COLUMNS(2); break;
-        default: COLUMNS(1); break;
-        }
+#define COLUMNS(COUNT)                                                                           \
+    product_rows_bf16(left, a_stride, b + column, columns, needed, out + m * columns + column,   \
+                      columns, alpha, scale, COUNT)
+        UP_TO_FIVE(COLUMNS)
 #undef COLUMNS
     }
 }
@@ -99,8 +92,8 @@ typedef struct {
     float *y;            /* (Q, P) */
 } head_bf16_t;
 
-INLINE void share_chunk_bf16(const shared_bf16_t *s, const uint16_t *b, int64_t b_stride, const uint16_t *c,
-                        int64_t c_stride, int64_t length, int64_t n) {
+INLINE void share_chunk_bf16(const shared_bf16_t *s, const uint16_t *b, int64_t b_stride,
+                             const uint16_t *c, int64_t c_stride, int64_t length, int64_t n) {
     memset(s->c, 0, Q * n * 2);
     for (int64_t t = 0; t < length; t++) memcpy(s->c + t * n / 2, c + t * c_stride, n * 2);
     for (int64_t t = 0; t < Q; t++)
@@ -128,23 +121,14 @@ INLINE void share_chunk_bf16(const shared_bf16_t *s, const uint16_t *b, int64_t 
     product_bf16(s->c, n / 2, s->b_by_n, Q, Q, n / 2, 0, s->products, 0.f, 0);
 }
 
-/* Advance one head by a chunk. x is (Q, P), zeros from `length` on; `state` is (N, P); rows of y are
- * `y_stride` apart. */
-INLINE void advance_bf16(const head_bf16_t *h, const shared_bf16_t *s, const uint16_t *x, const float *dt,
-                    int64_t dt_stride, float a, float d, float keep, float *state, float *y,
-                    int64_t y_stride, int64_t length, int64_t p, int64_t n) {
+/* Advance one head by a chunk. x is (Q, P), zeros from `length` on; `state` is (N, P); rows of y
+ * are `y_stride` apart. */
+INLINE void advance_bf16(const head_bf16_t *h, const shared_bf16_t *s, const uint16_t *x,
+                         const float *dt, int64_t dt_stride, float a, float d, float keep,
+                         float *state, float *y, int64_t y_stride, int64_t length, int64_t p,
+                         int64_t n) {
     float steps[Q], total[Q], from_start[Q], to_end[Q];
-    float sum = 0;
-    for (int64_t t = 0; t < Q; t++) {
-        steps[t] = t < length ? dt[t * dt_stride] : 0;
-        total[t] = sum += steps[t] * a;
-    }
-    for (int64_t t = 0; t < Q; t += LANES) {
-        __m512 here = _mm512_loadu_ps(total + t);
-        _mm512_storeu_ps(from_start + t, exp_of_avx512(here));
-        __m512 left = exp_of_avx512(_mm512_sub_ps(_mm512_set1_ps(sum), here));
-        _mm512_storeu_ps(to_end + t, _mm512_mul_ps(left, _mm512_loadu_ps(steps + t)));
-    }
+    decays_avx512(dt, dt_stride, a, length, steps, total, from_start, to_end);
 
     /* the values, and the values as far as they reach the chunk's end */
     for (int64_t t = 0; t < Q; t += 2)
@@ -205,7 +189,8 @@ INLINE int64_t scratch_size_bf16(int64_t heads, int64_t p, int64_t n) {
 
 /* Scan heads of one group of one sequence: first_head to first_head + heads. */
 static void scan_heads_bf16(const sequence_t *q, float *scratch, int64_t length, int64_t num_heads,
-                       int64_t p, int64_t groups, int64_t n, int64_t first_head, int64_t heads) {
+                            int64_t p, int64_t groups, int64_t n, int64_t first_head,
+                            int64_t heads) {
     float *at = scratch;
 #define TAKE(TYPE, FLOATS) (TYPE *)at; at += (FLOATS)
     shared_bf16_t s;
@@ -229,7 +214,7 @@ static void scan_heads_bf16(const sequence_t *q, float *scratch, int64_t length,
     for (int64_t start = 0, chunk = 0; start < length; start += Q, chunk++) {
         int64_t left = length - start < Q ? length - start : Q;
         share_chunk_bf16(&s, b + start * q->b_stride, q->b_stride, c + start * q->c_stride,
-                    q->c_stride, left, n);
+                         q->c_stride, left, n);
         memset(x, 0, heads * Q * p * 2);
         for (int64_t t = 0; t < left; t++)
             for (int64_t j = 0; j < heads; j++)
@@ -238,8 +223,8 @@ static void scan_heads_bf16(const sequence_t *q, float *scratch, int64_t length,
         for (int64_t j = 0; j < heads; j++) {
             int64_t head = first_head + j, place = start * num_heads + head;
             advance_bf16(&h, &s, x + j * Q * p, q->dt + place, num_heads, q->a[head], q->d[head],
-                    q->keep ? q->keep[chunk] : 1.f, states + j * n * p, q->y + place * p,
-                    num_heads * p, left, p, n);
+                         q->keep ? q->keep[chunk] : 1.f, states + j * n * p, q->y + place * p,
+                         num_heads * p, left, p, n);
         }
     }
     for (int64_t j = 0; j < heads; j++)

@@ -106,6 +106,23 @@ INLINE void FN(transpose)(const float *x, int64_t rows, int64_t columns, float *
             STORE(out + c * rows + r, GATHER(x + r * columns + c, places));
 }
 
+/* Of a chunk of one head: the time steps, zeros from `length` on; the exponents of the decays from
+ * the chunk's start to each token; these decays; and what is left of each step at the chunk's end. */
+INLINE void FN(decays)(const float *dt, int64_t dt_stride, float a, int64_t length, float *steps,
+                       float *total, float *from_start, float *to_end) {
+    float sum = 0;
+    for (int64_t t = 0; t < Q; t++) {
+        steps[t] = t < length ? dt[t * dt_stride] : 0;
+        total[t] = sum += steps[t] * a;
+    }
+    for (int64_t t = 0; t < Q; t += LANES) {
+        V here = LOAD(total + t);
+        STORE(from_start + t, FN(exp_of)(here));
+        V left = FN(exp_of)(SUB(ALL(sum), here));
+        STORE(to_end + t, MUL(left, LOAD(steps + t)));
+    }
+}
+
 /* ---- products --------------------------------------------------------------------------- */
 
 /* ROWS rows of out = alpha out + beta A B, `vectors` times LANES columns. beta has one value a row,
@@ -148,14 +165,7 @@ static void FN(product)(const float *a, int64_t a_stride, const float *b, int64_
     FN(product_rows)(left, a_stride, b + column, columns, needed, out + m * columns + column,    \
                      columns, alpha, scale, COUNT)
 #if LANES == 16
-        for (; columns - column > 5 * LANES; column += 4 * LANES) COLUMNS(4);
-        switch ((columns - column) / LANES) {
-        case 5: COLUMNS(5); break;
-        case 4: COLUMNS(4); break;
-        case 3: COLUMNS(3); break;
-        case 2: COLUMNS(2); break;
-        default: COLUMNS(1); break;
-        }
+        UP_TO_FIVE(COLUMNS)
 #else
         for (; column < columns; column += 2 * LANES) COLUMNS(2);
 #endif
@@ -203,17 +213,8 @@ INLINE void FN(advance)(const FN(head) * h, const FN(shared) * s, const uint16_t
                         float keep, float *state, float *y, int64_t y_stride, int64_t length,
                         int64_t p, int64_t n) {
     float steps[Q], total[Q], from_start[Q], to_end[Q];
-    float sum = 0;
-    for (int64_t t = 0; t < Q; t++) {
-        steps[t] = t < length ? dt[t * dt_stride] : 0;
-        total[t] = sum += steps[t] * a;
-    }
-    for (int64_t t = 0; t < Q; t += LANES) {
-        V here = LOAD(total + t);
-        STORE(from_start + t, MUL(FN(exp_of)(here), ALL(keep)));
-        V left = FN(exp_of)(SUB(ALL(sum), here));
-        STORE(to_end + t, MUL(left, LOAD(steps + t)));
-    }
+    FN(decays)(dt, dt_stride, a, length, steps, total, from_start, to_end);
+    for (int64_t t = 0; t < Q; t++) from_start[t] *= keep;
 
     memset(h->x + length * p, 0, (Q - length) * p * sizeof(float));
     memset(h->weighted + length * p, 0, (Q - length) * p * sizeof(float));

@@ -100,14 +100,25 @@ def fake_quant_model(
     from nvvl.quantize.calibrate import insert_quantizers, set_amaxes
 
     model = load_model(source, dtype=dtype, device=device)
-    formats = read_recipe_formats(Path(out) / RECIPE_NAME, list_linears(model.config))
-    quantized = quantized_only(formats)
-    amaxes = read_amaxes(Path(out) / CALIBRATION_NAME, quantized)
+    quantized, amaxes = read_quantization(Path(out), list_linears(model.config))
     if dtype != torch.bfloat16:
         _round_as_packed(model, quantized, amaxes)
     insert_quantizers(model, quantized, algorithm=None)
     set_amaxes(model, amaxes)
     return model
+
+
+def read_quantization(
+    out: Path, linears: Mapping[str, object]
+) -> tuple[dict[str, Format], dict[str, Amax]]:
+    """Read the formats and the amax of the quantized linears of a written checkpoint.
+
+    Raises:
+        CheckpointError: if one of the files is missing or malformed, or is not for a model with
+            these linears.
+    """
+    formats = quantized_only(read_recipe_formats(out / RECIPE_NAME, linears))
+    return formats, read_amaxes(out / CALIBRATION_NAME, formats)
 
 
 def read_recipe_formats(path: Path, linears: Mapping[str, object]) -> dict[str, Format]:
